@@ -1,0 +1,95 @@
+"""What a model asks of the hardware. One implementation a device family; models know only this.
+
+Shape suffixes: T tokens of this step, D model dim, F output features, H query heads, G KV heads,
+A head dim, P blocks in the pool, L layers, J key then value, C slots in a block.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from engine.kv_cache.batch import StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A weight in the form its kernels want; opaque to models."""
+
+    in_features: int
+    out_features: int
+    weight: object
+    bias_F: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """How the rows of a fused projection split: H query heads, then G key heads, then G value heads."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Kernels(Protocol):
+    """Fused operations of one device. No call allocates more than its result; none synchronises."""
+
+    name: str
+
+    def begin_step(self, batch: StepBatch) -> None:
+        """Called once before each forward pass: thread count, attention plan."""
+
+    def pack_linear(self, weight_FD: torch.Tensor, bias_F: torch.Tensor | None) -> PackedLinear:
+        """Take a loaded weight; the caller drops its own reference afterwards."""
+
+    def linear(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+        """y_TF = x_TD @ weight_FD.T + bias_F, in x's dtype."""
+
+    def linear_float32(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+        """The same with a float32 result: for the LM head."""
+
+    def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        """Root-mean-square norm, computed in float32, rounded as transformers does it."""
+
+    def add_rms_norm(
+        self, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """residual_TD += x_TD in place, then the norm of the sum, as a new tensor."""
+
+    def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
+        """silu(first half) * second half of the last dim."""
+
+    def rope_and_store(
+        self,
+        qkv_TF: torch.Tensor,
+        heads: HeadShape,
+        cos_TA: torch.Tensor,
+        sin_TA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+        batch: StepBatch,
+        *,
+        q_norm_A: torch.Tensor | None = None,
+        k_norm_A: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> torch.Tensor:
+        """Norm (Qwen3), rotate (half-split form) and write K and V to `slot_T`; returns q_THA.
+
+        Args:
+            cos_TA: float32, A / 2 wide, of each token's position; sin_TA alike.
+            kv_PJGCA: this layer's strided view of the pool.
+        """
+
+    def attention(
+        self,
+        q_THA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+        batch: StepBatch,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Causal attention of each sequence's queries over its paged context; o_THA.
+
+        Args:
+            window: a query at position p sees positions (p - window, p]; None sees all.
+        """

@@ -1,0 +1,35 @@
+"""Where the packed tokens of one step stand in their sequences and in the KV pool.
+
+Shape suffixes: T = tokens of this step, packed over sequences; B = sequences; W = blocks per sequence.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBatch:
+    """Index tensors of one forward pass, built once a step on the host, then moved to the device.
+
+    Sequence b owns tokens [query_start[b], query_start[b + 1]) of the packed axis. Its context after
+    this step is [0, context_len_B[b]) and its queries are the context's last positions.
+    """
+
+    token_T: torch.Tensor
+    """int64 token ids."""
+    position_T: torch.Tensor
+    """int64 absolute position of each token in its sequence."""
+    slot_T: torch.Tensor
+    """int64 block id * block size + offset: where the token's key and value are written."""
+    block_table_BW: torch.Tensor
+    """int32 block ids of each sequence in order; padded with 0."""
+    query_start_B1: torch.Tensor
+    """int32, B + 1 prefix sums."""
+    context_len_B: torch.Tensor
+    """int32 tokens in the KV cache once this step is written."""
+    query_lens: tuple[int, ...]
+    """The same as Python ints, so that nothing asks the device."""
+    context_lens: tuple[int, ...]
+    num_threads: int = 1
+    """CPU threads this step may use."""

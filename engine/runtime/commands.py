@@ -1,0 +1,159 @@
+"""What crosses the border between asyncio and the engine thread, as frozen values; no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from engine.errors import IsthmusError
+from engine.request import FinishReason, Request, TokenLogprobs
+
+
+class SequenceMode(StrEnum):
+    """What an engine does with a request."""
+
+    LOCAL = "local"
+    """Prefill and decode here."""
+    PREFILL = "prefill"
+    """Prefill, draw one token, hold the blocks until released."""
+    DECODE = "decode"
+    """Wait until KV reserved under this request id is committed, then decode."""
+
+
+# Events: engine thread -> loop, delivered once a step for each sink.
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One drawn token. Its position is prompt + earlier outputs, counted by the receiver."""
+
+    request_id: str
+    token_id: int
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None
+    first: "FirstTokenTiming | None"
+    """With the first token that this engine draws for the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class FirstTokenTiming:
+    """time.time_ns() marks of a request's way through this engine."""
+
+    arrived_ns: int
+    """Submitted; for DECODE: KV committed."""
+    scheduled_ns: int
+    """Its first step began."""
+    done_ns: int
+    """The step that drew the token ended."""
+    num_cached_tokens: int
+    prefilled_locally: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KvComputedEvent:
+    """KV of tokens [first_token, first_token + num_tokens) of a PREFILL request is in the pool."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    """All blocks of the sequence so far, in order; they stay until the request is released."""
+    first_token: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorEvent:
+    """The request ended here without a token; its blocks are free."""
+
+    request_id: str
+    error: IsthmusError
+
+
+EngineEvent = TokenEvent | KvComputedEvent | ErrorEvent
+
+
+class EventSink(Protocol):
+    """Receives a request's events on the event loop; one call a step with all that share the sink."""
+
+    def put(self, events: Sequence[EngineEvent]) -> None:
+        """Must not block or raise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Blocks taken in the decode pool for KV that somebody else computes."""
+
+    block_ids: tuple[int, ...]
+    """In sequence order, cached prefix first."""
+    num_cached_tokens: int
+    """Leading tokens whose KV these blocks hold already."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Counters and gauges since start; a snapshot that any thread may read."""
+
+    num_waiting: int = 0
+    num_running: int = 0
+    num_waiting_tokens: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
+    num_prefill_tokens: int = 0
+    """Prompt tokens computed here."""
+    num_decode_tokens: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prefix_hit_tokens: int = 0
+    step_s_total: float = 0.0
+
+
+class RequestEngine(Protocol):
+    """The asyncio face of an engine: what the workers' servicers and kv_transfer call. Loop only.
+
+    `EngineThread` implements it; `tests.fakes` has one without torch.
+    """
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def submit(self, request: Request, mode: SequenceMode, sink: EventSink) -> None:
+        """Start `request`; its events go to `sink` until it finishes or is aborted.
+
+        Raises:
+            DuplicateRequestError: the id is running.
+            InvalidRequestError: prompt and max_tokens do not fit the context or the pool.
+            EngineDeadError: the engine thread is gone.
+        """
+
+    async def abort(self, request_id: str) -> int:
+        """End a request (and its reservation); returns the blocks freed once they are. Unknown ids: 0.
+
+        No event of the request is delivered after this returns.
+        """
+
+    async def release(self, request_id: str) -> int:
+        """PREFILL: the handover is over, free the held blocks. Unknown ids: 0."""
+
+    async def reserve(
+        self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]
+    ) -> Reservation:
+        """DECODE: take blocks for `num_tokens` tokens; waits in order while the pool is full.
+
+        Cancelling gives up the place in the queue (or the blocks). Reserve and submit may come in
+        either order.
+
+        Raises:
+            CapacityError: it can never fit this pool.
+        """
+
+    async def commit(self, request_id: str, first_token_id: int) -> None:
+        """DECODE: the reserved blocks hold their KV; decode from `first_token_id` once submitted.
+
+        Raises:
+            UnknownRequestError: nothing is reserved under this id (any more).
+        """
+
+    async def cancel_reservation(self, request_id: str) -> int:
+        """DECODE: free a reservation that was not committed; returns its blocks. Unknown ids: 0.
+
+        The caller guarantees that nobody writes to the blocks any more.
+        """

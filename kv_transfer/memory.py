@@ -1,0 +1,32 @@
+"""The KV pool as a data plane sees it: blocks of bytes. `engine.kv_cache.pool.KvPool` implements it."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from engine.kv_cache.layout import KvLayout
+
+NONCE_BYTES = 16
+
+
+class KvMemory(Protocol):
+    """Blocks of one pool. Any thread may read or write blocks that it holds a lease on."""
+
+    layout: KvLayout
+    num_blocks: int
+
+    @property
+    def host_bytes(self) -> memoryview | None:
+        """The pool, flat, writable: block b at [b * block_bytes, (b + 1) * block_bytes).
+
+        None when the pool is not host memory (CUDA): then only read_blocks and write_blocks work.
+        """
+
+    @property
+    def shared_fd(self) -> int | None:
+        """The memfd behind `host_bytes`; NONCE_BYTES random bytes follow the last block."""
+
+    def read_blocks(self, block_ids: Sequence[int]) -> memoryview:
+        """Copy whole blocks into fresh host memory, in this order."""
+
+    def write_blocks(self, block_ids: Sequence[int], data: memoryview) -> None:
+        """Copy whole blocks from host memory; blocks until the copy is visible to the engine."""
