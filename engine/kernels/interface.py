@@ -24,7 +24,7 @@ class PackedLinear:
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """How the rows of a fused projection split: H query heads, then G key heads, then G value heads."""
+    """How the rows of a fused projection split: H query heads, G key heads, G value heads."""
 
     num_heads: int
     num_kv_heads: int
@@ -74,9 +74,8 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """Norm (Qwen3), rotate (half-split form) and write K and V to `slot_T`; returns q_THA.
 
-        Args:
-            cos_TA: float32, A / 2 wide, of each token's position; sin_TA alike.
-            kv_PJGCA: this layer's strided view of the pool.
+        cos_TA and sin_TA are float32, A / 2 wide, of each token's position; kv_PJGCA is this
+        layer's strided view of the pool.
         """
 
     def attention(
@@ -90,6 +89,5 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """Causal attention of each sequence's queries over its paged context; o_THA.
 
-        Args:
-            window: a query at position p sees positions (p - window, p]; None sees all.
+        With a window, a query at position p sees positions (p - window, p]; None sees all.
         """
