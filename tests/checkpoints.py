@@ -1,0 +1,143 @@
+"""Small random checkpoints made by transformers, with a real tokenizer and chat template; seeded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCAB_SIZE = 384
+_TRAINING_LINES = (
+    "An isthmus is a narrow strip of land that joins two larger ones.",
+    "The quick brown fox jumps over the lazy dog, again and again and again.",
+    "system user assistant question answer: what is the capital of France? Paris.",
+    "def main():\n    return sum(number * number for number in range(10))",
+    "Gruesse, naive cafe, Straße, 東京, emoji \N{GRINNING FACE} and 1234567890.",
+)
+
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+def tiny_checkpoint(
+    tmp_path: Path,
+    family: str = "llama",
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    max_shard_size: str = "1GB",
+    **overrides: Any,
+) -> Path:
+    """Write a Hugging Face directory of a few hundred kilobytes; `overrides` go to its config.
+
+    `family` is llama, qwen2, qwen3 or mistral. Biases and norm weights are random too, so that a
+    loader that drops them is noticed. `max_shard_size="40KB"` writes several shards and an index.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+    path = tmp_path / f"{family}-{seed}"
+    path.mkdir(parents=True)
+    config = AutoConfig.for_model(family, **{**_SMALL, **overrides})
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            centre = 1.0 if "norm" in name else 0.0
+            parameter.copy_(centre + config.initializer_range * noise)
+    model.to(getattr(torch, dtype)).save_pretrained(path, max_shard_size=max_shard_size)
+    write_tokenizer(path)
+    return path
+
+
+def write_tokenizer(path: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> None:
+    """Train a byte-level BPE tokenizer on a few lines and write it as Hugging Face does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TRAINING_LINES, trainer)
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[1],
+        "eos_token": SPECIAL_TOKENS[2],
+        "pad_token": SPECIAL_TOKENS[0],
+        "clean_up_tokenization_spaces": False,
+    }
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def export_hf(gguf_path: Path, out_dir: Path) -> Path:
+    """Write the weights and config of a GGUF file as a float32 directory that transformers loads.
+
+    The tokenizer is not written: `gateway` builds it from the same GGUF metadata.
+    """
+    from safetensors.torch import save_file
+
+    from engine.checkpoint.config import read_config
+    from engine.checkpoint.gguf_file import GgufFile
+    from engine.weights.source import open_weights
+
+    config = read_config(gguf_path)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with open_weights(gguf_path, config) as weights:
+        tensors = {name: weights.read(name).to(torch.float32) for name in weights.names}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        out_dir / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert GgufFile(gguf_path).metadata["general.architecture"] == "llama", "others: not needed yet"
+    fields = {
+        "architectures": [config.architecture],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_context_tokens,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": sorted(config.eos_token_ids),
+        "torch_dtype": "float32",
+    }
+    (out_dir / "config.json").write_text(json.dumps(fields))
+    return out_dir
