@@ -1,0 +1,14 @@
+"""Open channels between services, with the limits that the servers have."""
+
+from grpc import aio
+
+from mesh.limits import CHANNEL_OPTIONS
+
+
+def open_channel(address: str) -> aio.Channel:
+    """A channel to `address` (host:port); it connects with the first call.
+
+    Use as `async with open_channel(address) as channel:`. Failed calls raise AioRpcError, which
+    `mesh.status.error_from_rpc` turns into what the servicer raised.
+    """
+    return aio.insecure_channel(address, options=CHANNEL_OPTIONS)
