@@ -1,4 +1,4 @@
-"""Small random checkpoints made by transformers, with a real tokenizer and chat template; seeded."""
+"""Small random checkpoints made by transformers, with a tokenizer and chat template; seeded."""
 
 import json
 from pathlib import Path
@@ -105,11 +105,11 @@ def export_hf(gguf_path: Path, out_dir: Path) -> Path:
 
     The tokenizer is not written: `gateway` builds it from the same GGUF metadata.
     """
+    from engine.weights.source import open_weights
     from safetensors.torch import save_file
 
-    from engine.checkpoint.config import read_config
     from engine.checkpoint.gguf_file import GgufFile
-    from engine.weights.source import open_weights
+    from engine.checkpoint.read import read_config
 
     config = read_config(gguf_path)
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,123 @@
+"""What a model is: one frozen value, read from a Hugging Face config.json or from GGUF metadata."""
+
+from dataclasses import dataclass
+
+from engine.errors import CheckpointError
+
+SUPPORTED_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+_MAX_DIM = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeConfig:
+    """Rotary embedding and its scaling; the names are those of transformers' `rope_parameters`."""
+
+    theta: float = 10000.0
+    scaling: str = "default"
+    """default, linear, dynamic, yarn, longrope, llama3, proportional, or factors (GGUF)."""
+    factor: float | None = None
+    original_max_context_tokens: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    rotated_share: float = 1.0
+    """proportional only: the share of the head's dims that turn."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Everything that the forward pass and the scheduler need to know of a checkpoint."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context_tokens: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    windows: tuple[int | None, ...]
+    """For each layer, how many positions a query sees, itself included; None is all."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+    dtype: str = "float32"
+    """What `dtype="auto"` means for this checkpoint: float32, bfloat16 or float16."""
+
+    def __post_init__(self) -> None:
+        if self.architecture not in SUPPORTED_ARCHITECTURES:
+            raise CheckpointError(
+                f"the architecture {self.architecture!r} is not supported; "
+                f"supported are {', '.join(SUPPORTED_ARCHITECTURES)}"
+            )
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_context_tokens",
+        ):
+            if not 1 <= getattr(self, name) <= _MAX_DIM:
+                raise CheckpointError(f"{name} must be in [1, 2^24], got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise CheckpointError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
+                f"({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise CheckpointError(f"head_dim must be even, got {self.head_dim}")
+        if len(self.windows) != self.num_layers:
+            raise CheckpointError(f"{len(self.windows)} windows for {self.num_layers} layers")
+
+    @property
+    def rope_length_threshold_tokens(self) -> int | None:
+        """Prompts longer than this turn every key by an angle that depends on the prompt's length.
+
+        None when keys depend on their position only. Above the threshold KV must not be shared
+        between prompts of different lengths: see `rope_salt`.
+        """
+        if self.rope.scaling in {"dynamic", "longrope"}:
+            return self.rope.original_max_context_tokens
+        return None
+
+    def rope_salt(self, num_prompt_tokens: int) -> int:
+        """What else than the tokens decides a prompt's keys; mix it into prefix hashes unless 0."""
+        threshold = self.rope_length_threshold_tokens
+        if threshold is None or num_prompt_tokens <= threshold:
+            return 0
+        return num_prompt_tokens if self.rope.scaling == "dynamic" else 1
+
+
+def scaled_context_tokens(rope: RopeConfig, max_context_tokens: int) -> int:
+    """The context that a scaling allows, from the one that the checkpoint names.
+
+    Checkpoints name the context before linear and dynamic scaling, and either one for yarn.
+    """
+    if rope.factor is None:
+        return max_context_tokens
+    if rope.scaling in {"linear", "dynamic"}:
+        return int(max_context_tokens * rope.factor)
+    if rope.scaling == "yarn" and rope.original_max_context_tokens is not None:
+        return max(max_context_tokens, int(rope.original_max_context_tokens * rope.factor))
+    return max_context_tokens

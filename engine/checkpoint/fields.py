@@ -1,0 +1,81 @@
+"""Reads the fields of a JSON object or of GGUF metadata with their types checked."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine.errors import CheckpointError
+
+
+class Fields:
+    """A JSON object whose fields are read with their type checked; errors name file and field."""
+
+    def __init__(self, source: str, values: Mapping[str, object]) -> None:
+        self.source = source
+        self.values = values
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        value = self.optional_integer(name)
+        if value is not None:
+            return value
+        if default is None:
+            raise CheckpointError(f"{self.source} has no {name}")
+        return default
+
+    def optional_integer(self, name: str) -> int | None:
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise CheckpointError(f"{self.source}: {name} must be an integer, got {value!r}")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.optional_number(name)
+        return default if value is None else value
+
+    def optional_number(self, name: str) -> float | None:
+        value = self.values.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{self.source}: {name} must be a number, got {value!r}")
+        return float(value)
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.source}: {name} must be true or false, got {value!r}")
+        return value
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        value = self.values.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(item, int | float) for item in value):
+            raise CheckpointError(f"{self.source}: {name} must be a list of numbers")
+        return tuple(float(item) for item in value)
+
+    def token_ids(self, name: str) -> frozenset[int]:
+        value = self.values.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+            raise CheckpointError(f"{self.source}: {name} must be token ids, got {value!r}")
+        return frozenset(ids)
+
+
+def read_json(path: Path) -> Fields:
+    """Read one JSON object.
+
+    Raises:
+        CheckpointError: the file is missing, not JSON or not an object.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; is this a model directory?") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return Fields(str(path), values)
