@@ -1,0 +1,33 @@
+"""Content hashes of KV blocks: two processes that hold the same tokens agree on them."""
+
+import struct
+from collections.abc import Sequence
+
+import xxhash
+
+HASH_BYTES = 16
+_SEED_HASH = bytes(HASH_BYTES)
+
+
+def block_hashes(token_ids: Sequence[int], block_size_tokens: int) -> list[bytes]:
+    """Hash each full block together with everything before it; a trailing partial block has none.
+
+    h_i = xxh3_128(h_{i-1} || tokens of block i as little-endian uint32), h_{-1} = 16 zero bytes;
+    the digest is xxh3's canonical (big-endian) form.
+    """
+    hashes: list[bytes] = []
+    extend_block_hashes(hashes, token_ids, block_size_tokens)
+    return hashes
+
+
+def extend_block_hashes(
+    hashes: list[bytes], token_ids: Sequence[int], block_size_tokens: int
+) -> None:
+    """Append the hashes of the full blocks that `hashes` lacks; it holds those of a prefix."""
+    packer = struct.Struct(f"<{block_size_tokens}I")
+    previous = hashes[-1] if hashes else _SEED_HASH
+    for index in range(len(hashes), len(token_ids) // block_size_tokens):
+        start = index * block_size_tokens
+        block = packer.pack(*token_ids[start : start + block_size_tokens])
+        previous = xxhash.xxh3_128_digest(previous + block)
+        hashes.append(previous)
