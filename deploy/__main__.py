@@ -1,0 +1,5 @@
+"""`python -m deploy` is `isthmus`."""
+
+from deploy.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Starts a whole mesh on one machine and keeps it up."""
