@@ -33,3 +33,7 @@ class StepBatch:
     context_lens: tuple[int, ...]
     num_threads: int = 1
     """CPU threads this step may use."""
+    prompt_lens: tuple[int, ...] | None = None
+    """Prompt tokens of each sequence, those of later chunks too. Only rope scalings that depend on
+    a length read it (`ModelConfig.rope_length_threshold_tokens`); None stands for `context_lens`.
+    """
