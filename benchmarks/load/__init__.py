@@ -1,0 +1,1 @@
+"""Load on OpenAI-compatible servers: schedules, a light client, figures."""

@@ -1,0 +1,93 @@
+"""What a whole run of the serving benchmark found; this is what its JSON file holds."""
+
+import math
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.load.figures import Figures
+
+FORMAT = "isthmus-serving-1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Where it ran; ratios of one run travel between machines, absolute figures do not."""
+
+    cpu: str
+    num_cores: int
+    python: str
+
+    @classmethod
+    def this(cls) -> "Machine":
+        return cls(
+            cpu=_cpu_name(),
+            num_cores=len(os.sched_getaffinity(0)),
+            python=platform.python_version(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """The figures of one phase of a load on one target, repeats pooled."""
+
+    target: str
+    load: str
+    phase: str
+    """The load's name again, or it with "alone", "disturbed" or "prompts"."""
+    figures: Figures
+    tokens_per_s_by_repeat: tuple[float, ...]
+    client_cpu_us_per_token: float
+    """Of the whole load, not only this phase: what the measuring took from the servers' cores."""
+    load_average_before: float
+    """Of the machine over one minute, at the start; the target just measured is part of it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A claim with the number that decides it."""
+
+    target: str
+    claim: str
+    value: float
+    is_met: bool
+
+    def __str__(self) -> str:
+        """One line for people."""
+        word = "no figure" if math.isnan(self.value) else "met" if self.is_met else "not met"
+        return f"{self.target}: {self.claim}: {self.value:.3g}: {word}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """A run of all loads on all targets."""
+
+    format: str = FORMAT
+    started_at: str
+    seed: int
+    is_quick: bool
+    num_repeats: int
+    machine: Machine
+    targets: dict[str, str]
+    """Model by name of target."""
+    loads: dict[str, str]
+    """Each load in words, by name."""
+    rows: tuple[Row, ...]
+    verdicts: tuple[Verdict, ...]
+
+
+def write_outcome(path: Path, outcome: Outcome) -> None:
+    """Write indented JSON; a figure without samples (NaN) becomes null."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(outcome), indent=2) + b"\n")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
