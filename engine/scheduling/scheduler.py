@@ -1,0 +1,494 @@
+"""Continuous batching over paged KV blocks: which tokens each step computes.
+
+Pure bookkeeping: no torch, no asyncio, no clock. A step is `plan = schedule(...)`, one forward
+pass of somebody else, `commit(plan, drawn, ...)`.
+
+* Decoding sequences come first, one token each; the rest of the token budget goes to prefill in
+  chunks, in order of arrival. Chunk borders inside a prompt are multiples of the block size.
+* A sequence is admitted with the blocks of all tokens that it has, so a prompt is never stuck
+  half way. Only decoding grows; when no block is left the latest arrival gives its blocks back and
+  is computed again later. PREFILL sequences are never preempted: others read their blocks.
+* Sequences and reservations that wait for blocks are served in order of arrival. Admission leaves
+  one free block for each sequence that decodes, so that it does not preempt at once.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+
+from engine.errors import (
+    DuplicateRequestError,
+    IsthmusError,
+    LayoutMismatchError,
+    UnknownRequestError,
+)
+from engine.request import FinishReason, Request
+from engine.runtime.commands import (
+    EngineEvent,
+    ErrorEvent,
+    FirstTokenTiming,
+    KvComputedEvent,
+    Reservation,
+    SequenceMode,
+    TokenEvent,
+)
+from engine.scheduling.block_pool import BlockPool
+from engine.scheduling.limits import EngineLimits
+from engine.scheduling.sequence import BlockReservation, Sequence, SequenceState
+from engine.scheduling.step_plan import DrawnToken, ScheduledChunk, StepPlan
+
+_GROWING_MODES = (SequenceMode.LOCAL, SequenceMode.DECODE)
+
+
+class Scheduler:
+    """Owns every sequence, reservation and block count of one engine."""
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        *,
+        max_num_sequences: int,
+        eos_token_ids: frozenset[int],
+        has_prefix_cache: bool = True,
+    ) -> None:
+        self.limits = limits
+        self.block_pool = BlockPool(limits.num_blocks)
+        self.max_num_sequences = max_num_sequences
+        self.eos_token_ids = eos_token_ids
+        self.has_prefix_cache = has_prefix_cache
+        self.num_preemptions = 0
+        self.num_prefill_tokens = 0
+        self.num_decode_tokens = 0
+        self.num_prefix_hit_tokens = 0
+        self._next_ordinal = 0
+        self._sequences: dict[str, Sequence] = {}
+        self._running: list[Sequence] = []
+        self._ready: deque[Sequence] = deque()
+        self._waiting: deque[Sequence] = deque()
+        self._reservations: dict[str, BlockReservation] = {}
+        self._waiting_reservations: deque[BlockReservation] = deque()
+
+    # State that others may look at.
+
+    def sequence(self, request_id: str) -> Sequence:
+        return self._sequences[request_id]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def num_reservations(self) -> int:
+        return len(self._reservations)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + len(self._ready)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens not yet computed."""
+        waiting = sum(sequence.num_behind for sequence in self._waiting)
+        return waiting + sum(s.num_behind for s in self._running if s.num_behind > 1)
+
+    @property
+    def has_prefill(self) -> bool:
+        """Whether the next step has prompt tokens to compute, blocks permitting."""
+        return bool(self._waiting) or any(s.num_behind > 1 for s in self._running)
+
+    @property
+    def min_num_batched_tokens(self) -> int:
+        """The smallest step budget with which a full batch decodes and prefill still advances."""
+        return self.max_num_sequences + self.limits.block_size_tokens
+
+    # What others ask for.
+
+    def submit(self, request: Request, mode: SequenceMode, now_ns: int) -> list[EngineEvent]:
+        """Take a request whose limits were checked.
+
+        Raises:
+            DuplicateRequestError: the id is here already.
+        """
+        if request.request_id in self._sequences:
+            raise DuplicateRequestError(f"request {request.request_id} is running")
+        is_decode = mode is SequenceMode.DECODE
+        sequence = Sequence(
+            request,
+            mode,
+            now_ns,
+            SequenceState.AWAITING_KV if is_decode else SequenceState.WAITING,
+            self._take_ordinal(),
+            [*request.prompt_token_ids, *request.output_token_ids],
+        )
+        self._sequences[request.request_id] = sequence
+        if not is_decode:
+            self._waiting.append(sequence)
+            return []
+        return self._join(request.request_id)
+
+    def abort(self, request_id: str) -> int:
+        """End a sequence and its reservation in any state; returns the blocks freed."""
+        num_freed = self._drop_reservation(request_id)
+        sequence = self._sequences.get(request_id)
+        return num_freed if sequence is None else num_freed + self._end(sequence)
+
+    def release(self, request_id: str) -> int:
+        """Free a PREFILL sequence's blocks, in whichever state it is."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.mode is not SequenceMode.PREFILL:
+            return 0
+        return self._end(sequence)
+
+    def reserve(self, request_id: str, num_tokens: int, hashes: Seq[bytes]) -> None:
+        """Queue a reservation; `grant_reservations` answers it.
+
+        Raises:
+            DuplicateRequestError: the id has a reservation already.
+            CapacityError: it never fits.
+        """
+        self.limits.check_reservation(num_tokens)
+        if request_id in self._reservations:
+            raise DuplicateRequestError(f"request {request_id} has a reservation already")
+        full_blocks = list(hashes[: num_tokens // self.limits.block_size_tokens])
+        reservation = BlockReservation(request_id, num_tokens, full_blocks, self._take_ordinal())
+        self._reservations[request_id] = reservation
+        self._waiting_reservations.append(reservation)
+
+    def cancel_reservation(self, request_id: str) -> int:
+        """Free a reservation unless its KV is committed; a submitted sequence waits on."""
+        reservation = self._reservations.get(request_id)
+        if reservation is None or reservation.first_token_id is not None:
+            return 0
+        return self._drop_reservation(request_id)
+
+    def commit_reservation(
+        self, request_id: str, first_token_id: int, now_ns: int
+    ) -> list[EngineEvent]:
+        """The reserved blocks hold their KV; the sequence joins the next step once submitted.
+
+        Raises:
+            UnknownRequestError: no granted, uncommitted reservation has this id.
+        """
+        reservation = self._reservations.get(request_id)
+        if (
+            reservation is None
+            or not reservation.is_granted
+            or reservation.first_token_id is not None
+        ):
+            raise UnknownRequestError(f"nothing is reserved for request {request_id}")
+        self.limits.check_token_ids((first_token_id,), "commit")
+        reservation.first_token_id = first_token_id
+        reservation.committed_ns = now_ns
+        return self._join(request_id)
+
+    def grant_reservations(self) -> list[tuple[str, Reservation]]:
+        """Give blocks to waiting reservations, unless an older sequence waits for blocks too."""
+        oldest = self._waiting[0].ordinal if self._waiting else None
+        return list(self._granted_before(oldest))
+
+    # Steps.
+
+    def schedule(
+        self, max_num_batched_tokens: int, now_ns: int
+    ) -> tuple[StepPlan, list[tuple[str, Reservation]]]:
+        """Plan the next step; an empty plan means that nothing can run until something changes.
+
+        Args:
+            max_num_batched_tokens: bound on the step's tokens, at least `min_num_batched_tokens`.
+            now_ns: marks the first step of each sequence.
+
+        Returns:
+            The plan, and the reservations granted on the way.
+        """
+        assert max_num_batched_tokens >= self.min_num_batched_tokens, "prefill would starve"
+        while self._ready and len(self._running) < self.max_num_sequences:
+            self._run(self._ready.popleft())
+        chunks = self._plan_decode()
+        budget = max_num_batched_tokens - len(chunks)
+        for sequence in self._running:
+            if sequence.num_behind > 1 and budget > 0:
+                budget -= self._plan_prefill(sequence, budget, chunks)
+        granted: list[tuple[str, Reservation]] = []
+        while self._waiting and len(self._running) < self.max_num_sequences and budget > 0:
+            sequence = self._waiting[0]
+            granted += self._granted_before(sequence.ordinal)
+            if not self._admit(sequence):
+                break
+            self._waiting.popleft()
+            self._run(sequence)
+            budget -= self._plan_prefill(sequence, budget, chunks)
+        else:  # what waits now waits for a place in the batch, not for blocks
+            granted += self._granted_before(None)
+        for chunk in chunks:
+            scheduled = self._sequences[chunk.request_id]
+            if scheduled.scheduled_ns is None:
+                scheduled.scheduled_ns = now_ns
+        return StepPlan(tuple(chunks)), granted
+
+    def commit(self, plan: StepPlan, drawn: Seq[DrawnToken], now_ns: int) -> list[EngineEvent]:
+        """Book a computed step.
+
+        Args:
+            plan: what `schedule` answered last; nothing was submitted or ended in between.
+            drawn: one for each drawing chunk, in their order.
+            now_ns: when the step's results were there.
+        """
+        events: list[EngineEvent] = []
+        remaining = iter(drawn)
+        for chunk in plan.chunks:
+            sequence = self._sequences[chunk.request_id]
+            num_new = len(chunk.token_ids)
+            if chunk.first_position < sequence.num_given_tokens or num_new > 1:
+                self.num_prefill_tokens += num_new
+            else:
+                self.num_decode_tokens += 1
+            sequence.num_computed_tokens += num_new
+            self._register_full_blocks(sequence)
+            if sequence.mode is SequenceMode.PREFILL:
+                events.append(self._announce(sequence))
+            if chunk.is_drawing:
+                events.append(self._append(sequence, next(remaining), now_ns))
+        return events
+
+    def check_conservation(self) -> None:
+        """Assert that sequences and reservations hold exactly the blocks that are held."""
+        self.block_pool.check_conservation()
+        held: set[int] = set()
+        for sequence in self._sequences.values():
+            held.update(sequence.block_ids)
+        for reservation in self._reservations.values():
+            held.update(reservation.block_ids)
+        num_held = self.block_pool.num_blocks - self.block_pool.num_free
+        assert len(held) == num_held, f"{num_held} blocks held, owners know {len(held)}"
+
+    # Planning.
+
+    def _plan_decode(self) -> list[ScheduledChunk]:
+        """One token of each sequence that is one behind, preempting the latest for blocks."""
+        chunks: list[ScheduledChunk] = []
+        index = 0
+        while index < len(self._running):
+            sequence = self._running[index]
+            if sequence.num_behind == 1:
+                if not self._grow(sequence):
+                    continue  # it was preempted itself: the list is shorter now
+                chunks.append(self._chunk(sequence, 1))
+            index += 1
+        return chunks
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for the KV of the newest token; False when `sequence` had to give way."""
+        if self.limits.num_blocks_for(sequence.num_tokens) <= len(sequence.block_ids):
+            return True
+        while self.block_pool.num_free == 0:
+            victim = next(s for s in reversed(self._running) if s.mode in _GROWING_MODES)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.block_ids += self.block_pool.allocate(1)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take all blocks back; the sequence stands first among those that wait."""
+        self.num_preemptions += 1
+        self._running.remove(sequence)
+        self.block_pool.release(sequence.block_ids)
+        sequence.block_ids = []
+        sequence.num_computed_tokens = 0
+        sequence.num_registered_blocks = 0
+        sequence.is_prefilled_locally = True
+        sequence.move_to(SequenceState.WAITING)
+        self._waiting.appendleft(sequence)
+
+    def _plan_prefill(self, sequence: Sequence, budget: int, chunks: list[ScheduledChunk]) -> int:
+        """Add the next chunk of at most `budget` tokens; returns its length, which may be 0."""
+        num_new = min(budget, sequence.num_behind)
+        if num_new < sequence.num_behind:
+            end = sequence.num_computed_tokens + num_new
+            num_new -= end % self.limits.block_size_tokens
+        if num_new > 0:
+            chunks.append(self._chunk(sequence, num_new))
+        return max(num_new, 0)
+
+    def _chunk(self, sequence: Sequence, num_new: int) -> ScheduledChunk:
+        start = sequence.num_computed_tokens
+        return ScheduledChunk(
+            sequence.request_id,
+            start,
+            tuple(sequence.token_ids[start : start + num_new]),
+            tuple(sequence.block_ids),
+            is_drawing=num_new == sequence.num_behind,
+        )
+
+    # Admission.
+
+    @property
+    def _headroom(self) -> int:
+        return sum(1 for sequence in self._running if sequence.mode in _GROWING_MODES)
+
+    def _allocate(self, num_tokens: int, hashes: Seq[bytes]) -> tuple[list[int], int] | None:
+        """Blocks for `num_tokens` and how many leading tokens they hold; None when it must wait."""
+        cached = self.block_pool.cached_prefix(hashes) if self.has_prefix_cache else []
+        num_blocks = self.limits.num_blocks_for(num_tokens)
+        taken = self.block_pool.num_taken_by(num_blocks, cached)
+        if taken + self._headroom > self.block_pool.num_free:
+            return None
+        num_cached_tokens = len(cached) * self.limits.block_size_tokens
+        self.num_prefix_hit_tokens += num_cached_tokens
+        return self.block_pool.allocate(num_blocks, cached), num_cached_tokens
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence its blocks; at least its last token stays to be computed."""
+        hashes = sequence.hashes_of_full_blocks(self.limits.block_size_tokens)
+        usable = hashes[: (sequence.num_tokens - 1) // self.limits.block_size_tokens]
+        allocated = self._allocate(sequence.num_tokens, usable)
+        if allocated is None:
+            return False
+        sequence.block_ids, sequence.num_computed_tokens = allocated
+        sequence.num_registered_blocks = (
+            sequence.num_computed_tokens // self.limits.block_size_tokens
+        )
+        if not sequence.has_drawn:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        return True
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.move_to(SequenceState.RUNNING)
+        self._running.append(sequence)
+
+    def _granted_before(self, ordinal: int | None) -> Iterator[tuple[str, Reservation]]:
+        """Grant waiting reservations in order, those older than `ordinal`, while they fit."""
+        while self._waiting_reservations:
+            reservation = self._waiting_reservations[0]
+            if ordinal is not None and reservation.ordinal > ordinal:
+                return
+            allocated = self._allocate(reservation.num_tokens, reservation.hashes)
+            if allocated is None:
+                return
+            self._waiting_reservations.popleft()
+            reservation.block_ids, reservation.num_cached_tokens = allocated
+            reservation.is_granted = True
+            yield (
+                reservation.request_id,
+                Reservation(tuple(reservation.block_ids), reservation.num_cached_tokens),
+            )
+
+    def _join(self, request_id: str) -> list[EngineEvent]:
+        """Make a submitted sequence ready if its KV is committed; either may come first."""
+        sequence = self._sequences.get(request_id)
+        reservation = self._reservations.get(request_id)
+        if sequence is None or sequence.state is not SequenceState.AWAITING_KV:
+            return []
+        if reservation is None or reservation.first_token_id is None:
+            return []
+        hashes = sequence.hashes_of_full_blocks(self.limits.block_size_tokens)
+        if reservation.num_tokens != sequence.num_tokens or (
+            reservation.hashes != hashes[: len(reservation.hashes)]
+        ):
+            self.abort(request_id)
+            error: IsthmusError = LayoutMismatchError(
+                f"request {request_id}: KV of {reservation.num_tokens} tokens was handed over for "
+                f"{sequence.num_tokens} tokens, or of other tokens"
+            )
+            return [ErrorEvent(request_id, error)]
+        del self._reservations[request_id]
+        sequence.block_ids = reservation.block_ids
+        sequence.num_computed_tokens = sequence.num_tokens
+        sequence.num_cached_tokens = reservation.num_cached_tokens
+        sequence.is_prefilled_locally = False
+        sequence.arrived_ns = reservation.committed_ns
+        self._register_full_blocks(sequence)
+        sequence.token_ids.append(reservation.first_token_id)
+        sequence.move_to(SequenceState.READY)
+        self._ready.append(sequence)
+        return []
+
+    # Results.
+
+    def _register_full_blocks(self, sequence: Sequence) -> None:
+        num_full = sequence.num_computed_tokens // self.limits.block_size_tokens
+        if not self.has_prefix_cache or num_full == sequence.num_registered_blocks:
+            return
+        hashes = sequence.hashes_of_full_blocks(self.limits.block_size_tokens)
+        for index in range(sequence.num_registered_blocks, num_full):
+            self.block_pool.register(sequence.block_ids[index], hashes[index])
+        sequence.num_registered_blocks = num_full
+
+    def _announce(self, sequence: Sequence) -> KvComputedEvent:
+        first = sequence.num_announced_tokens
+        sequence.num_announced_tokens = sequence.num_computed_tokens
+        return KvComputedEvent(
+            sequence.request_id,
+            tuple(sequence.block_ids),
+            first,
+            sequence.num_computed_tokens - first,
+        )
+
+    def _append(self, sequence: Sequence, drawn: DrawnToken, now_ns: int) -> TokenEvent:
+        """Book a drawn token; a finished sequence gives its blocks back, PREFILL holds them."""
+        sequence.token_ids.append(drawn.token_id)
+        finish_reason = self._finish_reason(sequence, drawn.token_id)
+        first = None if sequence.has_drawn else self._first_timing(sequence, now_ns)
+        sequence.has_drawn = True
+        if sequence.mode is SequenceMode.PREFILL:
+            self._running.remove(sequence)
+            sequence.move_to(SequenceState.HELD)
+        elif finish_reason is not None:
+            self._end(sequence)
+        return TokenEvent(sequence.request_id, drawn.token_id, drawn.logprobs, finish_reason, first)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        sampling = sequence.request.sampling
+        is_eos = token_id in self.eos_token_ids and not sampling.ignore_eos
+        if (is_eos or token_id in sampling.stop_token_ids) and (
+            sequence.num_output_tokens >= sampling.min_tokens
+        ):
+            return FinishReason.STOP
+        if (
+            sequence.num_output_tokens >= sampling.max_tokens
+            or sequence.num_tokens >= self.limits.max_context_tokens
+        ):
+            return FinishReason.LENGTH
+        return None
+
+    def _first_timing(self, sequence: Sequence, now_ns: int) -> FirstTokenTiming:
+        assert sequence.scheduled_ns is not None, f"{sequence.request_id} drew before its step"
+        return FirstTokenTiming(
+            sequence.arrived_ns,
+            sequence.scheduled_ns,
+            now_ns,
+            sequence.num_cached_tokens,
+            sequence.is_prefilled_locally,
+        )
+
+    # Ends.
+
+    def _end(self, sequence: Sequence) -> int:
+        """Forget a sequence; returns the blocks freed."""
+        del self._sequences[sequence.request_id]
+        if sequence.state is SequenceState.RUNNING:
+            self._running.remove(sequence)
+        elif sequence.state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+        elif sequence.state is SequenceState.READY:
+            self._ready.remove(sequence)
+        sequence.move_to(SequenceState.FINISHED)
+        num_freed = self.block_pool.release(sequence.block_ids)
+        sequence.block_ids = []
+        return num_freed
+
+    def _drop_reservation(self, request_id: str) -> int:
+        reservation = self._reservations.pop(request_id, None)
+        if reservation is None:
+            return 0
+        if not reservation.is_granted:
+            self._waiting_reservations.remove(reservation)
+        return self.block_pool.release(reservation.block_ids)
+
+    def _take_ordinal(self) -> int:
+        self._next_ordinal += 1
+        return self._next_ordinal

@@ -1,0 +1,101 @@
+"""A request's progress through one engine. Mutable; owned by the scheduler."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from engine.request import Request
+from engine.runtime.commands import SequenceMode
+from engine.scheduling.block_hash import extend_block_hashes
+
+
+class SequenceState(StrEnum):
+    AWAITING_KV = "awaiting_kv"
+    """Submitted for decoding; its KV is not committed yet."""
+    WAITING = "waiting"
+    """Needs blocks and a place in the batch."""
+    READY = "ready"
+    """Its committed KV stands in its blocks; needs a place in the batch only."""
+    RUNNING = "running"
+    HELD = "held"
+    """Prefilled; its blocks stay until they are released."""
+    FINISHED = "finished"
+
+
+ALLOWED_MOVES = {
+    SequenceState.AWAITING_KV: {SequenceState.READY, SequenceState.FINISHED},
+    SequenceState.WAITING: {SequenceState.RUNNING, SequenceState.FINISHED},
+    SequenceState.READY: {SequenceState.RUNNING, SequenceState.FINISHED},
+    SequenceState.RUNNING: {SequenceState.WAITING, SequenceState.HELD, SequenceState.FINISHED},
+    SequenceState.HELD: {SequenceState.FINISHED},
+    SequenceState.FINISHED: set[SequenceState](),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, blocks and progress; [0, num_computed_tokens) of the tokens have their KV."""
+
+    request: Request
+    mode: SequenceMode
+    arrived_ns: int
+    state: SequenceState
+    ordinal: int
+    """Order of arrival among everything that waits for blocks."""
+    token_ids: list[int]
+    """Prompt, outputs given, outputs drawn."""
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_registered_blocks: int = 0
+    num_announced_tokens: int = 0
+    num_cached_tokens: int = 0
+    scheduled_ns: int | None = None
+    has_drawn: bool = False
+    is_prefilled_locally: bool = True
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_given_tokens(self) -> int:
+        """Tokens that the request came with."""
+        return len(self.request.prompt_token_ids) + len(self.request.output_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_behind(self) -> int:
+        """Tokens to compute before the next one can be drawn; more than one is prefill."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def move_to(self, state: SequenceState) -> None:
+        assert state in ALLOWED_MOVES[self.state], f"{self.request_id}: {self.state} -> {state}"
+        self.state = state
+
+    def hashes_of_full_blocks(self, block_size_tokens: int) -> list[bytes]:
+        """Hashes of all full blocks of the tokens known now; grown as tokens come."""
+        extend_block_hashes(self.block_hashes, self.token_ids, block_size_tokens)
+        return self.block_hashes
+
+
+@dataclass(slots=True, eq=False)
+class BlockReservation:
+    """Blocks taken, or waited for, on behalf of a prefill worker."""
+
+    request_id: str
+    num_tokens: int
+    hashes: list[bytes]
+    ordinal: int
+    block_ids: list[int] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    is_granted: bool = False
+    first_token_id: int | None = None
+    """Set when the KV is committed."""
+    committed_ns: int = 0
