@@ -58,9 +58,11 @@ class ChildSpec:
 
 async def ready_file_written(path: Path, pid: int) -> ReadyRecord:
     """Wait for the ready file of the process `pid`; one left by a predecessor does not count."""
-    while (record := read_ready_file(path)) is None or record.pid != pid:
-        await asyncio.sleep(_READY_POLL_S)  # noqa: ASYNC110, another process writes it
-    return record
+    while True:
+        record = read_ready_file(path)
+        if record is not None and record.pid == pid:
+            return record
+        await asyncio.sleep(_READY_POLL_S)
 
 
 class ChildProcess:
@@ -86,10 +88,14 @@ class ChildProcess:
     def is_running(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
     def state(self) -> ProcessState | None:
         """The entry for the state file; None while the process is not serving."""
-        if self.ready is None or not self.is_running:
-            return None
+        if self.ready is None or not self.is_running or self.ready.pid != self.pid:
+            return None  # self.ready outlives the process that said it
         return ProcessState(
             name=self.spec.name,
             role=self.spec.role,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deploy import up
 from deploy.launcher.mesh import MeshConfig
+from engine.errors import IsthmusError
 
 SERVICE = str(Path(__file__).with_name("mesh_service.py"))
 
@@ -32,7 +33,10 @@ def main(state_file: str, log: str, *more: str) -> None:
         programs=fake_programs(Path(log), flags),
         drain_s=20.0,
     )
-    sys.exit(asyncio.run(up.up(config, verbose=False)))
+    try:
+        sys.exit(asyncio.run(up.up(config, verbose=False)))
+    except IsthmusError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":
