@@ -1,6 +1,7 @@
 """Where the packed tokens of one step stand in their sequences and in the KV pool.
 
-Shape suffixes: T = tokens of this step, packed over sequences; B = sequences; W = blocks per sequence.
+Shape suffixes: T = tokens of this step, packed over sequences; B = sequences; W = blocks per
+sequence.
 """
 
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import torch
 class StepBatch:
     """Index tensors of one forward pass, built once a step on the host, then moved to the device.
 
-    Sequence b owns tokens [query_start[b], query_start[b + 1]) of the packed axis. Its context after
-    this step is [0, context_len_B[b]) and its queries are the context's last positions.
+    Sequence b owns tokens [query_start[b], query_start[b + 1]) of the packed axis. Its context
+    after this step is [0, context_len_B[b]) and its queries are the context's last positions.
     """
 
     token_T: torch.Tensor

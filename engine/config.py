@@ -1,0 +1,55 @@
+"""What an operator asks of one engine; what start-up computes from it are plans."""
+
+from dataclasses import dataclass
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Defaults suit a CPU host that a few worker processes share."""
+
+    dtype: str = "auto"
+    """auto: the checkpoint's own when it is a float type, bfloat16 for quantised GGUF."""
+    device: str = "auto"
+    """auto: cuda when there is one, else cpu."""
+    block_size_tokens: int = 16
+    """Prefill and decode must agree."""
+    kv_pool_bytes: int | None = None
+    """None: `kv_memory_fraction` of the memory that is free once the model is loaded."""
+    kv_memory_fraction: float | None = None
+    """None: 0.9 of a CUDA device, 0.1 of a CPU host's memory, which others need too."""
+    max_num_batched_tokens: int = 512
+    """Tokens of one step; a prompt longer than what decoding leaves of it takes several steps."""
+    max_shared_step_tokens: int = 256
+    """The same on a CPU host while the step uses cores that an idle worker may want back."""
+    max_num_sequences: int = 64
+    """Sequences in one step; more wait."""
+    has_prefix_cache: bool = True
+    max_context_tokens: int | None = None
+    """None: what the model was trained for; else a lower bound on prompt + answer."""
+    num_threads: int | None = None
+    """CPU threads of a step. None: as many as the cores given to this process."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.device not in DEVICES:
+            raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+        for name in ("block_size_tokens", "max_num_sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        floor = self.max_num_sequences + self.block_size_tokens
+        for name in ("max_num_batched_tokens", "max_shared_step_tokens"):
+            if getattr(self, name) < floor:
+                raise ValueError(
+                    f"{name} must be at least max_num_sequences + block_size_tokens = {floor}, "
+                    f"got {getattr(self, name)}"
+                )
+        for name in ("kv_pool_bytes", "max_context_tokens", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
+            raise ValueError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction}")

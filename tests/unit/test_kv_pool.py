@@ -1,0 +1,110 @@
+"""The KV pool: one memory, seen as tensors, as bytes and by other processes."""
+
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.kv_cache.layout import KvLayout
+from engine.kv_cache.pool import NONCE_BYTES, KvPool
+from engine.kv_cache.pool_plan import KvPoolTooSmallError, plan_kv_pool
+from kv_transfer import memory
+
+LAYOUT = KvLayout(num_layers=3, num_kv_heads=2, head_dim=4, block_size_tokens=8, dtype="bfloat16")
+
+
+@pytest.fixture
+def pool():
+    with KvPool(LAYOUT, 5, torch.device("cpu")) as pool:
+        yield pool
+
+
+def test_pool_is_a_kv_memory(pool):
+    kv_memory: memory.KvMemory = pool
+    assert kv_memory.num_blocks == 5
+    assert memory.NONCE_BYTES == NONCE_BYTES
+
+
+def test_layer_view_writes_the_blocks_bytes(pool):
+    pool.layer(1)[4, 0, 1, 7] = torch.arange(4)
+    block = bytes(pool.host_bytes[4 * LAYOUT.block_bytes :])
+    row = ((1 * 2 + 0) * 2 + 1) * 8 + 7  # layer, key, head, slot
+    expected = bytes(torch.arange(4).to(torch.bfloat16).view(torch.uint8).tolist())
+    assert block[row * 8 : row * 8 + 8] == expected
+
+
+def test_another_mapping_of_the_fd_sees_blocks_and_nonce(pool):
+    pool.blocks_PLJGCA.fill_(1)
+    path = Path(f"/proc/{os.getpid()}/fd/{pool.shared_fd}")
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as other:
+        assert other[pool.num_bytes :] == pool.nonce
+        assert len(pool.nonce) == NONCE_BYTES
+        assert other[: pool.num_bytes] == bytes(pool.host_bytes)
+        other[0:2] = b"\x00\x40"  # 2.0 in bfloat16
+    assert pool.blocks_PLJGCA[0, 0, 0, 0, 0, 0].item() == 2.0
+
+
+def test_blocks_read_are_blocks_written(pool):
+    pool.blocks_PLJGCA.copy_(torch.randn(pool.blocks_PLJGCA.shape))
+    data = pool.read_blocks([3, 1])
+    with KvPool(LAYOUT, 2, torch.device("cpu")) as other:
+        other.write_blocks([1, 0], data)
+        torch.testing.assert_close(other.blocks_PLJGCA[1], pool.blocks_PLJGCA[3])
+        torch.testing.assert_close(other.blocks_PLJGCA[0], pool.blocks_PLJGCA[1])
+
+
+@pytest.mark.parametrize(("block_ids", "num_blocks"), [([5], 1), ([-1], 1), ([0], 2)])
+def test_wrong_blocks_are_refused(pool, block_ids, num_blocks):
+    with pytest.raises(ValueError, match="block"):
+        pool.write_blocks(block_ids, memoryview(bytes(num_blocks * LAYOUT.block_bytes)))
+
+
+def test_closed_pool_has_no_descriptor(pool):
+    fd = pool.shared_fd
+    pool.close()
+    assert pool.shared_fd is None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
+def plan(config: EngineConfig, free_bytes: int, *, max_context_tokens: int = 64):
+    return plan_kv_pool(
+        config,
+        LAYOUT,
+        device_type="cpu",
+        free_bytes=free_bytes,
+        max_context_tokens=max_context_tokens,
+    )
+
+
+def test_plan_takes_the_bytes_asked_for():
+    config = EngineConfig(kv_pool_bytes=LAYOUT.block_bytes * 20 + 1)
+    assert plan(config, 1 << 30).num_blocks == 20
+
+
+def test_plan_stops_at_what_the_sequences_could_use():
+    assert plan(EngineConfig(max_num_sequences=2), 1 << 30).num_blocks == 16
+
+
+def test_plan_names_what_to_change_when_one_sequence_does_not_fit():
+    with pytest.raises(KvPoolTooSmallError, match="lower max_context_tokens"):
+        plan(EngineConfig(kv_pool_bytes=LAYOUT.block_bytes * 7), 1 << 30)
+
+
+def test_plan_refuses_more_than_is_free():
+    with pytest.raises(KvPoolTooSmallError, match="lower kv_pool_bytes"):
+        plan(EngineConfig(kv_pool_bytes=1 << 31), 1 << 30)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_pool_reads_what_was_written():
+    pool = KvPool(LAYOUT, 4, torch.device("cuda"))
+    assert pool.host_bytes is None
+    assert pool.shared_fd is None
+    data = memoryview(os.urandom(2 * LAYOUT.block_bytes))
+    pool.write_blocks([2, 0], data)
+    assert bytes(pool.read_blocks([2, 0])) == bytes(data)
