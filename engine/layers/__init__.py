@@ -1,0 +1,1 @@
+"""The parts that decoder models are built from."""

@@ -1,0 +1,101 @@
+"""From a checkpoint on disk to a model that computes."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.read import read_config
+from engine.errors import CheckpointError
+from engine.kernels.interface import Kernels
+from engine.layers.rope import RotaryEmbedding
+from engine.models.causal_lm import CausalLM
+from engine.models.registry import MODEL_OF_ARCHITECTURE
+from engine.parallel.axes import ParallelAxes
+from engine.weights.loader import load
+from engine.weights.source import WeightSource, open_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(dtype: str, config: ModelConfig) -> torch.dtype:
+    """Turn what an operator may say ("auto" or a name) into a dtype.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    name = config.dtype if dtype == "auto" else dtype
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be auto or one of {sorted(DTYPES)}, got {dtype!r}")
+    return DTYPES[name]
+
+
+def build(
+    config: ModelConfig,
+    *,
+    axes: ParallelAxes,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> CausalLM:
+    """Make a model without weights: its parameters are on the meta device, `dtype` wide.
+
+    `device` is where the weights will go; the angles of the rotary embedding are there already.
+    """
+    rope = RotaryEmbedding(config.rope, config.head_dim, device)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return MODEL_OF_ARCHITECTURE[config.architecture](
+                config, axes=axes, kernels=kernels, rope=rope
+            )
+    finally:
+        torch.set_default_dtype(default)
+
+
+def load_model(
+    path: Path,
+    *,
+    kernels: Kernels,
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    axes: ParallelAxes | None = None,
+) -> CausalLM:
+    """Read configuration and weights of a directory or .gguf file; the model is ready to run.
+
+    Args:
+        path: see `engine.checkpoint.locate_model`.
+        kernels: made for the same device and dtype: see `resolve_dtype` and `read_config`.
+        dtype: auto (the checkpoint's own), float32, bfloat16 or float16.
+        device: where the weights go.
+        axes: this rank's place; None is one rank alone.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or does not fit the configuration.
+    """
+    config = read_config(path)
+    with open_weights(path, config) as weights:
+        config = dataclasses.replace(config, tie_word_embeddings=_is_tied(config, weights))
+        target = torch.device(device)
+        try:
+            model = build(
+                config,
+                axes=axes or ParallelAxes.single(),
+                kernels=kernels,
+                dtype=resolve_dtype(dtype, config),
+                device=target,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        load(model, weights, kernels=kernels, device=target)
+    return model
+
+
+def _is_tied(config: ModelConfig, weights: WeightSource) -> bool:
+    """A checkpoint that holds an LM head unlike its embedding is not tied, whatever it says."""
+    if not config.tie_word_embeddings or "lm_head.weight" not in weights.names:
+        return config.tie_word_embeddings
+    embedding = weights.read("model.embed_tokens.weight")
+    return torch.equal(embedding, weights.read("lm_head.weight"))

@@ -1,0 +1,200 @@
+"""Tensor-parallel linear layers over packed weights. Weights are stored [out, in], as torch does.
+
+Shape suffixes (logical dims, never the shard layout): T tokens of this step, D input features,
+F output features.
+"""
+
+import torch
+
+from engine.kernels.interface import HeadShape, Kernels, PackedLinear
+from engine.parallel.axes import AxisGroup
+from engine.parallel.shard import ShardedModule, ShardSpec
+
+
+class ParallelLinear(ShardedModule):
+    """One weight in the kernels' own form; the loaded weight is let go once it is packed."""
+
+    weight_FD: torch.Tensor | None
+    bias_F: torch.Tensor | None
+
+    def __init__(
+        self,
+        local_in: int,
+        local_out: int,
+        shards: tuple[ShardSpec, ...],
+        *,
+        has_bias: bool,
+        kernels: Kernels,
+    ) -> None:
+        super().__init__(shards)
+        self._kernels = kernels
+        self._declare("weight_FD", local_out, local_in)
+        if has_bias:
+            self._declare("bias_F", local_out)
+        else:
+            self.bias_F = None
+        self.packed: PackedLinear | None = None
+
+    def pack(self, kernels: Kernels) -> None:
+        assert self.weight_FD is not None, "packed already"
+        bias_F = None if self.bias_F is None else self.bias_F.detach()
+        self.packed = kernels.pack_linear(self.weight_FD.detach(), bias_F)
+        self.weight_FD = None
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        assert self.packed is not None, "weights are not loaded"
+        return self._kernels.linear(x_TD, self.packed)
+
+
+def row_shards(
+    tensor: str,
+    full_out: int,
+    in_features: int,
+    *,
+    start: int,
+    length: int,
+    offset: int = 0,
+    has_bias: bool,
+) -> tuple[ShardSpec, ...]:
+    """Output features [start, start + length) of a weight, and of its bias."""
+    weight = ShardSpec(
+        tensor=f"{tensor}.weight",
+        full_shape=(full_out, in_features),
+        parameter="weight_FD",
+        start=start,
+        length=length,
+        offset=offset,
+    )
+    bias = ShardSpec(
+        tensor=f"{tensor}.bias",
+        full_shape=(full_out,),
+        parameter="bias_F",
+        start=start,
+        length=length,
+        offset=offset,
+    )
+    return (weight, bias) if has_bias else (weight,)
+
+
+class QkvParallelLinear(ParallelLinear):
+    """Query, key and value projections in one product; heads split over the axis.
+
+    Where the axis has more ranks than there are KV heads, each KV head stands on several ranks.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: HeadShape,
+        *,
+        names: tuple[str, str, str],
+        has_bias: bool,
+        axis: AxisGroup,
+        kernels: Kernels,
+    ) -> None:
+        local_heads = axis.shard_size(heads.num_heads, "num_heads")
+        if heads.num_kv_heads >= axis.size:
+            local_kv_heads = axis.shard_size(heads.num_kv_heads, "num_kv_heads")
+        else:
+            AxisGroup(size=heads.num_kv_heads).shard_size(axis.size, "the axis size")
+            local_kv_heads = 1
+        first_kv_head = axis.rank * heads.num_kv_heads // axis.size
+        self_heads = HeadShape(local_heads, local_kv_heads, heads.head_dim)
+        spans = (
+            (heads.num_heads, axis.rank * local_heads, local_heads),
+            (heads.num_kv_heads, first_kv_head, local_kv_heads),
+            (heads.num_kv_heads, first_kv_head, local_kv_heads),
+        )
+        shards: list[ShardSpec] = []
+        offset = 0
+        for name, (full, start, length) in zip(names, spans, strict=True):
+            shards += row_shards(
+                name,
+                full * heads.head_dim,
+                hidden_size,
+                start=start * heads.head_dim,
+                length=length * heads.head_dim,
+                offset=offset,
+                has_bias=has_bias,
+            )
+            offset += length * heads.head_dim
+        super().__init__(hidden_size, offset, tuple(shards), has_bias=has_bias, kernels=kernels)
+        self.heads = self_heads
+
+
+class GateUpLinear(ParallelLinear):
+    """Gate and up projections in one product; features split over the axis."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        names: tuple[str, str],
+        has_bias: bool,
+        axis: AxisGroup,
+        kernels: Kernels,
+    ) -> None:
+        local = axis.shard_size(intermediate_size, "intermediate_size")
+        shards: list[ShardSpec] = []
+        for index, name in enumerate(names):
+            shards += row_shards(
+                name,
+                intermediate_size,
+                hidden_size,
+                start=axis.rank * local,
+                length=local,
+                offset=index * local,
+                has_bias=has_bias,
+            )
+        super().__init__(hidden_size, 2 * local, tuple(shards), has_bias=has_bias, kernels=kernels)
+
+
+class RowParallelLinear(ParallelLinear):
+    """y_TF = x_TD @ weight_FD.T with D split over the axis; one all-reduce restores y_TF.
+
+    Megatron-LM (Shoeybi et al., 2019), section 3. The bias is added on rank 0 only.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        name: str,
+        has_bias: bool,
+        axis: AxisGroup,
+        kernels: Kernels,
+    ) -> None:
+        local_in = axis.shard_size(in_features, "in_features")
+        has_local_bias = has_bias and axis.rank == 0
+        shards = [
+            ShardSpec(
+                tensor=f"{name}.weight",
+                full_shape=(out_features, in_features),
+                parameter="weight_FD",
+                dim=1,
+                start=axis.rank * local_in,
+                length=local_in,
+            )
+        ]
+        if has_bias:
+            shards.append(
+                ShardSpec(
+                    tensor=f"{name}.bias",
+                    full_shape=(out_features,),
+                    parameter="bias_F",
+                    length=out_features,
+                )
+            )
+        super().__init__(
+            local_in,
+            out_features,
+            tuple(shards if has_local_bias else shards[:1]),
+            has_bias=has_local_bias,
+            kernels=kernels,
+        )
+        self._axis = axis
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self._axis.all_reduce(super().forward(x_TD))

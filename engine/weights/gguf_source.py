@@ -1,0 +1,96 @@
+"""A GGUF file's tensors under Hugging Face names and in Hugging Face's row order."""
+
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.gguf_file import GgufFile
+from engine.errors import CheckpointError
+
+_OUTER_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_CONFIG_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+"""Part of the configuration: see `gguf_config`."""
+
+
+class GgufSource:
+    """Use it in a `with` block; tensors are dequantised to float32 as they are read."""
+
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        self.path = path
+        self._file = GgufFile(path)
+        self._head_dim = config.head_dim
+        self._is_interleaved = self._file.metadata["general.architecture"] == "llama"
+        self._gguf_name = {
+            _hugging_face_name(path, name): name
+            for name in self._file.tensors
+            if name not in _CONFIG_TENSORS and not name.endswith("attn_rot_embd.weight")
+        }
+        self.names = frozenset(self._gguf_name)
+
+    def __enter__(self) -> "GgufSource":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """The mapping goes with the last reference to the file."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file.tensors[self._gguf_name[name]].shape
+
+    def location(self, name: str) -> str:
+        return f"{self._file.path}: {self._gguf_name[name]}"
+
+    def read(
+        self, name: str, dim: int = 0, start: int = 0, length: int | None = None
+    ) -> torch.Tensor:
+        stop = None if length is None else start + length
+        if dim != 0:
+            return torch.from_numpy(self._file.read(self._gguf_name[name]))[:, start:stop]
+        rows = torch.from_numpy(self._file.read(self._gguf_name[name], start, stop))
+        if self._is_interleaved and (".q_proj." in name or ".k_proj." in name):
+            return self._half_split(rows)
+        return rows
+
+    def _half_split(self, rows: torch.Tensor) -> torch.Tensor:
+        """Undo llama.cpp's order of rows: pairs (2i, 2i + 1) of a head become (i, i + A / 2).
+
+        Source: llama.cpp convert_hf_to_gguf.py, LlamaModel.permute, inverted.
+        """
+        heads = rows.unflatten(0, (-1, self._head_dim // 2, 2))
+        ordered: torch.Tensor = heads.transpose(1, 2).reshape(rows.shape)
+        return ordered
+
+
+def _hugging_face_name(path: Path, name: str) -> str:
+    stem, _, suffix = name.rpartition(".")
+    if suffix in {"weight", "bias"}:
+        if stem in _OUTER_NAMES:
+            return f"{_OUTER_NAMES[stem]}.{suffix}"
+        block, _, rest = stem.partition(".")
+        index, _, part = rest.partition(".")
+        if block == "blk" and index.isdecimal() and part in _LAYER_NAMES:
+            return f"model.layers.{index}.{_LAYER_NAMES[part]}.{suffix}"
+    raise CheckpointError(f"{path}: tensor {name} is of a kind that this model does not have")
