@@ -130,14 +130,12 @@ def chat(
 def status(
     *,
     redis_url: Annotated[str, typer.Option(help="The Redis of the mesh.")] = "",
-    address: Annotated[str, typer.Option(help="host:port of a gateway's HTTP server.")] = (
-        "127.0.0.1:8000"
-    ),
 ) -> None:
-    """Show the pools of a running mesh: from its gateway, or from Redis when a URL is given."""
+    """Show the pools of a running mesh, as its Redis knows them; by default the local ones."""
     from deploy import status as command
 
-    _finish(asyncio.run(command.status(redis_url=redis_url, address=address)))
+    urls = [redis_url] if redis_url else command.local_redis_urls()
+    _finish(asyncio.run(command.status(urls)))
 
 
 @app.command()

@@ -39,7 +39,7 @@ def ready_line(mesh: Mesh) -> str:
     """One line: what serves where."""
     config = mesh.config
     return (
-        f"ready in {mesh.start_s:.1f} s: {Path(config.model).name} on"
+        f"isthmus is ready in {mesh.start_s:.1f} s: {Path(config.model).name} on"
         f" http://{mesh.address('gateway', 'http')}/v1 and"
         f" grpc://{mesh.address('gateway', 'grpc')},"
         f" {config.num_prefill} prefill + {config.num_decode} decode"

@@ -16,7 +16,7 @@ from deploy.launcher.core_plan import plan_home_cores, thread_environment, usabl
 from deploy.launcher.core_share_fd import core_share
 from deploy.launcher.free_port import check_port
 from deploy.launcher.ready_file import ProcessState, ReadyRecord, write_state_file
-from deploy.launcher.run_directory import run_directory
+from deploy.launcher.run_directory import STATE_FILE, run_directory
 
 _HOST = "127.0.0.1"
 WORKER_ROLES = ("prefill", "decode")
@@ -78,8 +78,9 @@ class MeshEvents:
 class Mesh:
     """The processes of a mesh that is up; made by `running_mesh`."""
 
-    def __init__(self, config: MeshConfig, redis_url: str) -> None:
+    def __init__(self, config: MeshConfig, redis_url: str, state_files: Sequence[Path]) -> None:
         self.config = config
+        self._state_files = state_files
         self.redis_url = redis_url
         self.children: list[ChildProcess] = []
         self.start_s = 0.0
@@ -93,8 +94,12 @@ class Mesh:
         return next(state.addresses[kind] for state in self.states() if state.role == role)
 
     def write_state(self) -> None:
-        if self.config.state_file is not None:
-            write_state_file(self.config.state_file, self.states())
+        for path in self._state_files:
+            write_state_file(path, self.states())
+
+    def remove_state(self) -> None:
+        for path in self._state_files:
+            path.unlink(missing_ok=True)
 
 
 @asynccontextmanager
@@ -123,9 +128,11 @@ async def running_mesh(
     async with contextlib.AsyncExitStack() as stack:
         run_dir = stack.enter_context(run_directory())
         share_fd = stack.enter_context(core_share(len(config.worker_names)))
-        mesh = Mesh(config, config.redis_url or redis_server.redis_url(run_dir))
+        state_files = [run_dir / STATE_FILE, *([config.state_file] if config.state_file else [])]
+        redis_url = config.redis_url or redis_server.redis_url(run_dir)
+        mesh = Mesh(config, redis_url, state_files)
         tiers = _make_children(mesh, run_dir, share_fd, events)
-        stack.callback(_remove_state_file, config.state_file)
+        stack.callback(mesh.remove_state)
         started_s = time.monotonic()
         for tier in tiers:
             mesh.children.extend(tier)
@@ -291,8 +298,3 @@ async def _stop_all(children: Sequence[ChildProcess], hurry: asyncio.Event) -> N
     async with asyncio.TaskGroup() as tasks:
         for child in children:
             tasks.create_task(child.stop(hurry=hurry), name=f"stop-{child.spec.name}")
-
-
-def _remove_state_file(path: Path | None) -> None:
-    if path is not None:
-        path.unlink(missing_ok=True)

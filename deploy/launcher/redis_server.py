@@ -68,24 +68,19 @@ async def wait_until_answering(run_dir: Path) -> None:
             writer.close()
 
 
-async def check_redis(url: str, *, timeout_s: float = 3.0) -> None:
-    """Ask a given Redis for a PING.
+async def check_redis(url: str) -> None:
+    """Ask a given Redis for an answer.
 
     Raises:
-        PeerUnavailableError: it cannot be used; the text names the setting to change.
+        PeerUnavailableError: none came; the text names the flag to change.
+        ValueError: the URL cannot be read.
     """
-    from redis import exceptions as redis_errors
-    from redis.asyncio import Redis
+    from mesh.registry import connect_redis
 
     try:
-        client = Redis.from_url(url, socket_connect_timeout=timeout_s, socket_timeout=timeout_s)
+        async with connect_redis(url):
+            pass
+    except PeerUnavailableError as error:
+        raise PeerUnavailableError(f"--redis-url: {error}") from error
     except ValueError as error:
-        raise PeerUnavailableError(f"--redis-url {url!r} is not a Redis URL: {error}") from error
-    try:
-        async with asyncio.timeout(timeout_s):
-            await client.ping()
-    except (redis_errors.RedisError, OSError, TimeoutError) as error:
-        reason = str(error) or f"no answer within {timeout_s:g} s"
-        raise PeerUnavailableError(f"no Redis answers at --redis-url {url!r}: {reason}") from error
-    finally:
-        await client.aclose()
+        raise ValueError(f"--redis-url: {error}") from error

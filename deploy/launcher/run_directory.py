@@ -10,6 +10,7 @@ from pathlib import Path
 
 _PREFIX = "isthmus-run-"
 _LOCK = "launcher.lock"
+STATE_FILE = "state.json"
 
 
 @contextmanager
@@ -39,18 +40,43 @@ def _locked_directory(parent: Path) -> tuple[Path, int]:
         os.close(lock)
 
 
+def local_state_files(parent: Path | None = None) -> list[Path]:
+    """State files of our own meshes that are up on this machine."""
+    found = []
+    for path in sorted(_own_directories(parent or Path(tempfile.gettempdir()))):
+        with suppress(OSError), _locked(path) as is_stale:
+            if not is_stale and (path / STATE_FILE).is_file():
+                found.append(path / STATE_FILE)
+    return found
+
+
 def remove_stale(parent: Path) -> None:
     """Remove our own run directories under `parent` that belong to no living launcher."""
+    for path in _own_directories(parent):
+        with suppress(OSError), _locked(path) as is_stale:
+            if is_stale:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _own_directories(parent: Path) -> list[Path]:
+    found = []
     for path in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             if path.stat().st_uid == os.getuid():
-                _remove_if_unlocked(path)
+                found.append(path)
+    return found
 
 
-def _remove_if_unlocked(path: Path) -> None:
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the directory's lock if nobody else does, and say whether; OSError without a lock."""
     lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(lock)

@@ -13,7 +13,7 @@ from deploy.launcher.ready_file import (
     write_state_file,
 )
 from deploy.launcher.redis_server import find_redis_server
-from deploy.launcher.run_directory import remove_stale, run_directory
+from deploy.launcher.run_directory import local_state_files, remove_stale, run_directory
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,17 @@ def test_the_run_directory_is_private_and_goes_away(tmp_path) -> None:
         remove_stale(tmp_path)
         assert path.is_dir(), "a directory in use is not stale"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_meshes_that_are_up_have_a_local_state_file(tmp_path) -> None:
+    stale = tmp_path / "isthmus-run-stale"
+    stale.mkdir()
+    (stale / "launcher.lock").touch()
+    (stale / "state.json").write_text("[]")
+    assert local_state_files(tmp_path) == []
+    with run_directory(tmp_path) as path:
+        (path / "state.json").write_text("[]")
+        assert local_state_files(tmp_path) == [path / "state.json"]
 
 
 def test_a_killed_launchers_directory_is_removed_by_the_next(tmp_path) -> None:
