@@ -71,8 +71,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _quantiles(quantiles: Quantiles) -> str:
-    if not quantiles.count:
+def _quantiles(quantiles: Quantiles | None) -> str:
+    if quantiles is None:
         return "-"
     values = (quantiles.p50_ms, quantiles.p90_ms, quantiles.p99_ms)
     return " / ".join(f"{value:.1f}" if value < 100 else f"{value:.0f}" for value in values)

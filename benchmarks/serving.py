@@ -142,7 +142,8 @@ def _token_range(text: str) -> TokenRange:
     return TokenRange(start=int(start), stop=int(stop))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line's options; leaves the process on a bad one, as argparse does."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.serving",
         description="Load on OpenAI-compatible servers, side by side. Without --target a mesh is"
@@ -164,13 +165,13 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--max-input", type=int, default=2048, help="cut prompts to this")
     trace.add_argument("--max-output", type=int, default=64, help="cut answers to this")
     trace.add_argument("--num-requests", type=int, default=100, help="the first so many")
-    return parser
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run from the command line; returns the exit status: 0 unless something failed to run."""
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    options = _parser().parse_args(arguments[:split])
+    options = parsed(arguments[:split])
     try:
         outcome = uvloop.run(run(options, arguments[split + 1 :]))
     except (IsthmusError, ConnectionError) as error:

@@ -11,10 +11,8 @@ from benchmarks.load.answer import Answer
 def percentile(values: Sequence[float], percent: float) -> float:
     """The value below which `percent` of sorted `values` lie, linear between neighbours.
 
-    The same as numpy's default; NaN of nothing.
+    The same as numpy's default. There must be a value.
     """
-    if not values:
-        return math.nan
     position = (len(values) - 1) * percent / 100
     below = math.floor(position)
     above = min(below + 1, len(values) - 1)
@@ -23,7 +21,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantiles:
-    """The usual places of a distribution, in milliseconds; NaN where there was no sample."""
+    """The usual places of a distribution with at least one sample, in milliseconds."""
 
     count: int
     p50_ms: float
@@ -32,8 +30,11 @@ class Quantiles:
     max_ms: float
 
     @classmethod
-    def of(cls, values_s: Iterable[float]) -> "Quantiles":
+    def of(cls, values_s: Iterable[float]) -> "Quantiles | None":
+        """None where there is no sample."""
         values_ms = sorted(value * 1000 for value in values_s)
+        if not values_ms:
+            return None
         return cls(
             count=len(values_ms),
             p50_ms=percentile(values_ms, 50),
@@ -70,9 +71,9 @@ class Figures:
     duration_s: float
     output_tokens_per_s: float
     tokens_per_chunk: float
-    itl: Quantiles
-    ttft: Quantiles
-    latency: Quantiles
+    itl: Quantiles | None
+    ttft: Quantiles | None
+    latency: Quantiles | None
     """Of answers that ended by themselves."""
 
     @property
@@ -98,10 +99,10 @@ def figures_of(windows: Sequence[Window]) -> Figures:
         errors=dict(errors),
         output_tokens=output_tokens,
         duration_s=duration_s,
-        output_tokens_per_s=output_tokens / duration_s if duration_s else math.nan,
+        output_tokens_per_s=output_tokens / duration_s if duration_s else 0.0,
         tokens_per_chunk=sum(answer.num_tokens for _, answer in good) / num_chunks
         if num_chunks
-        else math.nan,
+        else 0.0,
         itl=Quantiles.of(
             gap_s
             for window, answer in good

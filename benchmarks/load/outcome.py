@@ -1,6 +1,5 @@
 """What a whole run of the serving benchmark found; this is what its JSON file holds."""
 
-import math
 import os
 import platform
 from dataclasses import dataclass
@@ -52,13 +51,15 @@ class Verdict:
 
     target: str
     claim: str
-    value: float
+    value: float | None
+    """None where one side has no figure; such a claim is not met."""
     is_met: bool
 
     def __str__(self) -> str:
         """One line for people."""
-        word = "no figure" if math.isnan(self.value) else "met" if self.is_met else "not met"
-        return f"{self.target}: {self.claim}: {self.value:.3g}: {word}"
+        word = "met" if self.is_met else "not met"
+        number = "no figure" if self.value is None else f"{self.value:.3g}"
+        return f"{self.target}: {self.claim}: {number}: {word}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +81,7 @@ class Outcome:
 
 
 def write_outcome(path: Path, outcome: Outcome) -> None:
-    """Write indented JSON; a figure without samples (NaN) becomes null."""
+    """Write indented JSON; a figure without samples is null."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(outcome), indent=2) + b"\n")
 
 

@@ -1,69 +1,85 @@
 """Holds the figures of a run against what we claim; states, and excuses nothing."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from benchmarks.load.figures import Figures
+from benchmarks.load.figures import Figures, Quantiles
 from benchmarks.load.outcome import Row, Verdict
 
 MAX_MIXED_P99_RATIO = 2.0
 MIN_MIXED_TOKENS_KEPT = 0.8
 MAX_OPEN_P99_SHARE = 0.1
 
+FiguresOfPhases = Mapping[tuple[str, str], Figures]
+"""By (target, phase)."""
+
 
 def verdicts_of(rows: Sequence[Row], *, baseline: str) -> tuple[Verdict, ...]:
     """Each target's claims; those against `baseline` only where it was measured beside."""
     figures = {(row.target, row.phase): row.figures for row in rows}
-    targets = list(dict.fromkeys(row.target for row in rows))
     verdicts: list[Verdict] = []
-    for target in targets:
-        alone, disturbed = (
-            figures.get((target, f"mixed {phase}")) for phase in ("alone", "disturbed")
-        )
-        if alone and disturbed:
-            verdicts += _mixed(target, alone, disturbed)
+    for target in dict.fromkeys(row.target for row in rows):
+        verdicts += _mixed(target, figures)
         if target != baseline:
-            verdicts += _against(target, baseline, figures)
+            verdicts += _throughput(target, baseline, figures)
+            verdicts += _open(target, baseline, figures)
     return tuple(verdicts)
 
 
-def _mixed(target: str, alone: Figures, disturbed: Figures) -> list[Verdict]:
-    ratio = _ratio(disturbed.itl.p99_ms, alone.itl.p99_ms)
-    kept = _ratio(disturbed.output_tokens_per_s, alone.output_tokens_per_s)
-    return [
-        Verdict(
-            target=target,
-            claim=f"mixed: p99 inter-token time, disturbed / alone <= {MAX_MIXED_P99_RATIO:g}",
-            value=ratio,
-            is_met=ratio <= MAX_MIXED_P99_RATIO,
-        ),
-        Verdict(
-            target=target,
-            claim=f"mixed: share of tokens/s kept >= {MIN_MIXED_TOKENS_KEPT:g}",
-            value=kept,
-            is_met=kept >= MIN_MIXED_TOKENS_KEPT,
-        ),
-    ]
+def _mixed(target: str, figures: FiguresOfPhases) -> Iterator[Verdict]:
+    alone = figures.get((target, "mixed alone"))
+    disturbed = figures.get((target, "mixed disturbed"))
+    if alone is None or disturbed is None:
+        return
+    yield _at_most(
+        MAX_MIXED_P99_RATIO,
+        _ratio(_p99_ms(disturbed.itl), _p99_ms(alone.itl)),
+        target=target,
+        claim="mixed: p99 inter-token time, disturbed / alone",
+    )
+    yield _at_least(
+        MIN_MIXED_TOKENS_KEPT,
+        _ratio(disturbed.output_tokens_per_s, alone.output_tokens_per_s),
+        target=target,
+        claim="mixed: share of tokens/s kept",
+    )
 
 
-def _against(target: str, baseline: str, figures: dict[tuple[str, str], Figures]) -> list[Verdict]:
-    verdicts: list[Verdict] = []
+def _throughput(target: str, baseline: str, figures: FiguresOfPhases) -> Iterator[Verdict]:
     for load in ("single", "closed", "closed16"):
         mine, theirs = figures.get((target, load)), figures.get((baseline, load))
-        if mine and theirs:
-            ratio = _ratio(mine.output_tokens_per_s, theirs.output_tokens_per_s)
-            claim = f"{load}: output tokens/s, share of {baseline}'s >= 1"
-            verdicts.append(Verdict(target=target, claim=claim, value=ratio, is_met=ratio >= 1))
+        if mine is not None and theirs is not None:
+            yield _at_least(
+                1.0,
+                _ratio(mine.output_tokens_per_s, theirs.output_tokens_per_s),
+                target=target,
+                claim=f"{load}: output tokens/s as a share of {baseline}'s",
+            )
+
+
+def _open(target: str, baseline: str, figures: FiguresOfPhases) -> Iterator[Verdict]:
     mine, theirs = figures.get((target, "open")), figures.get((baseline, "open"))
-    if mine and theirs:
-        share = _ratio(mine.itl.p99_ms, theirs.itl.p99_ms)
-        claim = f"open: p99 inter-token time, share of {baseline}'s <= {MAX_OPEN_P99_SHARE:g}"
-        verdicts.append(
-            Verdict(target=target, claim=claim, value=share, is_met=share <= MAX_OPEN_P99_SHARE)
+    if mine is not None and theirs is not None:
+        yield _at_most(
+            MAX_OPEN_P99_SHARE,
+            _ratio(_p99_ms(mine.itl), _p99_ms(theirs.itl)),
+            target=target,
+            claim=f"open: p99 inter-token time as a share of {baseline}'s",
         )
-    return verdicts
 
 
-def _ratio(mine: float, theirs: float) -> float:
-    """NaN, which meets no claim, where either side has no figure."""
-    return mine / theirs if theirs else math.nan
+def _at_most(bound: float, value: float | None, *, target: str, claim: str) -> Verdict:
+    is_met = value is not None and value <= bound
+    return Verdict(target=target, claim=f"{claim} <= {bound:g}", value=value, is_met=is_met)
+
+
+def _at_least(bound: float, value: float | None, *, target: str, claim: str) -> Verdict:
+    is_met = value is not None and value >= bound
+    return Verdict(target=target, claim=f"{claim} >= {bound:g}", value=value, is_met=is_met)
+
+
+def _p99_ms(quantiles: Quantiles | None) -> float | None:
+    return None if quantiles is None else quantiles.p99_ms
+
+
+def _ratio(mine: float | None, theirs: float | None) -> float | None:
+    return mine / theirs if mine is not None and theirs else None
