@@ -1,4 +1,7 @@
-"""The KV pool as a data plane sees it: blocks of bytes. `engine.kv_cache.pool.KvPool` implements it."""
+"""The KV pool as a data plane sees it: blocks of bytes.
+
+`engine.kv_cache.pool.KvPool` implements it.
+"""
 
 from collections.abc import Sequence
 from typing import Protocol

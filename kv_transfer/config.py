@@ -1,0 +1,67 @@
+"""Settings of both ends of a handover."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class DataPlane(StrEnum):
+    """Which way the bytes take."""
+
+    AUTO = "auto"
+    """shm where both ends can, else tcp."""
+    SHM = "shm"
+    TCP = "tcp"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferConfig:
+    """What a worker's operator may set about handovers."""
+
+    data_plane: DataPlane = DataPlane.AUTO
+    lease_s: float = 5.0
+    """Asked for by the sender and the most the receiver grants at once; renewed while it works."""
+    max_hold_s: float = 600.0
+    """The receiver renews no lease beyond this age."""
+    reserve_timeout_s: float = 60.0
+    """How long a handover waits for blocks when the decode pool is full."""
+    rpc_timeout_s: float = 5.0
+    """For each of the other control calls."""
+    data_timeout_s: float = 5.0
+    """tcp: a peer that moves no byte for this long in the middle of a push is given up."""
+    data_address: str = "127.0.0.1:0"
+    """tcp: host:port that the receiver listens on. With a wildcard host, senders connect to the
+    host under which they know the worker's gRPC server."""
+    max_data_connections: int = 256
+    """tcp: more are refused; each sending worker holds one."""
+    has_checksums: bool = True
+    """tcp: the sender adds an xxh3 checksum to every frame."""
+    slice_bytes: int = 1 << 20
+    """shm: most bytes between two looks at the lease."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data_plane", DataPlane(self.data_plane))
+        for name in (
+            "lease_s",
+            "max_hold_s",
+            "reserve_timeout_s",
+            "rpc_timeout_s",
+            "data_timeout_s",
+            "max_data_connections",
+            "slice_bytes",
+        ):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        address_from(self.data_address)
+
+
+def address_from(text: str) -> tuple[str, int]:
+    """Split host:port; an IPv6 host stands in brackets.
+
+    Raises:
+        ValueError: it is not of this form.
+    """
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (colon and host and port.isdecimal() and int(port) <= 65535):
+        raise ValueError(f"expected host:port, got {text!r}")
+    return host, int(port)

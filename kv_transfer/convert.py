@@ -1,0 +1,103 @@
+"""Protobuf messages of the handover to and from the package's own values."""
+
+from engine.errors import InvalidRequestError
+from engine.kv_cache.layout import KvLayout
+from kv_transfer.config import address_from
+from kv_transfer.lease import Lease
+from kv_transfer.offer import Offer, ShmOffer, TcpOffer
+from protos.isthmus.v1 import kv_transfer_pb2 as pb
+
+HASH_BYTES = 16
+
+
+def layout_to_pb(layout: KvLayout) -> pb.KvLayout:
+    return pb.KvLayout(
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_size_tokens=layout.block_size_tokens,
+        dtype=layout.dtype,
+    )
+
+
+def layout_from(message: pb.KvLayout) -> KvLayout:
+    """Raises InvalidRequestError when the fields cannot describe a pool."""
+    try:
+        return KvLayout(
+            num_layers=message.num_layers,
+            num_kv_heads=message.num_kv_heads,
+            head_dim=message.head_dim,
+            block_size_tokens=message.block_size_tokens,
+            dtype=message.dtype,
+        )
+    except ValueError as error:
+        raise InvalidRequestError(f"KV layout: {error}") from error
+
+
+def offer_to_pb(offer: Offer) -> pb.HandshakeResponse:
+    return pb.HandshakeResponse(
+        receiver_id=offer.receiver_id,
+        epoch=offer.epoch,
+        layout=layout_to_pb(offer.layout),
+        num_blocks=offer.num_blocks,
+        shm=None if offer.shm is None else _shm_to_pb(offer.shm),
+        tcp=None if offer.tcp is None else _tcp_to_pb(offer.tcp),
+    )
+
+
+def offer_from(message: pb.HandshakeResponse) -> Offer:
+    """Raises InvalidRequestError when it makes no sense; nothing in it is trusted yet."""
+    shm, tcp = message.shm, message.tcp
+    return Offer(
+        receiver_id=message.receiver_id,
+        epoch=message.epoch,
+        layout=layout_from(message.layout),
+        num_blocks=message.num_blocks,
+        shm=ShmOffer(shm.path, shm.num_bytes, shm.nonce) if message.HasField("shm") else None,
+        tcp=_tcp_from(tcp) if message.HasField("tcp") else None,
+    )
+
+
+def lease_to_pb(lease: Lease) -> pb.ReserveResponse:
+    return pb.ReserveResponse(
+        lease_id=lease.lease_id,
+        block_ids=lease.block_ids,
+        num_cached_tokens=lease.num_cached_tokens,
+        lease_ns=round((lease.expires_s - lease.granted_s) * 1e9),
+    )
+
+
+def _shm_to_pb(offer: ShmOffer) -> pb.ShmOffer:
+    return pb.ShmOffer(path=offer.path, num_bytes=offer.num_bytes, nonce=offer.nonce)
+
+
+def _tcp_to_pb(offer: TcpOffer) -> pb.TcpOffer:
+    host = f"[{offer.host}]" if ":" in offer.host else offer.host
+    return pb.TcpOffer(address=f"{host}:{offer.port}")
+
+
+def _tcp_from(message: pb.TcpOffer) -> TcpOffer:
+    try:
+        return TcpOffer(*address_from(message.address))
+    except ValueError as error:
+        raise InvalidRequestError(f"data address: {error}") from error
+
+
+def block_hashes_from(message: pb.ReserveRequest, layout: KvLayout) -> list[bytes]:
+    """Raises InvalidRequestError unless they are hashes of full blocks within the prompt."""
+    hashes = list(message.block_hashes)
+    if len(hashes) > message.num_tokens // layout.block_size_tokens:
+        raise InvalidRequestError(
+            f"{len(hashes)} block hashes for {message.num_tokens} tokens in blocks of"
+            f" {layout.block_size_tokens}"
+        )
+    if any(len(block_hash) != HASH_BYTES for block_hash in hashes):
+        raise InvalidRequestError(f"block hashes must have {HASH_BYTES} bytes each")
+    return hashes
+
+
+def lease_s_from(lease_ns: int) -> float:
+    """Raises InvalidRequestError for an empty lease."""
+    if lease_ns == 0:
+        raise InvalidRequestError("lease_ns must be above 0")
+    return lease_ns / 1e9

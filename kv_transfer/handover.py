@@ -1,0 +1,162 @@
+"""One sequence's KV on its way from a prefill worker into reserved blocks of a decode worker."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from engine.errors import IsthmusError, KvLeaseLostError, PeerUnavailableError
+from kv_transfer.blocks import HostBlocks, SlotRange, slot_ranges
+from kv_transfer.memory import KvMemory
+from kv_transfer.peer import Peer
+from kv_transfer.plane import WritePermit
+from kv_transfer.report import HandoverReport
+from kv_transfer.session import Session, outcome_of
+from protos.isthmus.v1 import kv_transfer_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+
+class Handover:
+    """Push in order, then commit; or close early, which gives the blocks back. Loop only."""
+
+    def __init__(
+        self,
+        request_id: str,
+        peer: Peer,
+        session: Session,
+        permit: WritePermit,
+        *,
+        block_ids: Sequence[int],
+        num_cached_tokens: int,
+        num_tokens: int,
+        memory: KvMemory,
+        host: HostBlocks | None,
+        report: HandoverReport,
+        rpc_timeout_s: float,
+    ) -> None:
+        self.request_id = request_id
+        self.peer = peer
+        self.session = session
+        self.report = report
+        self.num_cached_tokens = num_cached_tokens
+        self._permit = permit
+        self.block_ids = tuple(block_ids)
+        self._num_tokens = num_tokens
+        self._memory = memory
+        self._host = host
+        self._rpc_timeout_s = rpc_timeout_s
+        self._end_token = num_cached_tokens
+        self._writes: set[asyncio.Future[int]] = set()
+        self._failure: BaseException | None = None
+        self._is_committed = False
+        session.permits[permit.lease_id] = permit
+
+    async def push(self, local_block_ids: Sequence[int], first_token: int, num_tokens: int) -> None:
+        """Write the KV of tokens [first_token, first_token + num_tokens); returns when it is there.
+
+        What the receiver has already (its cached prefix, earlier pushes) is skipped. The local
+        blocks must not change before this returns, or, if it is cancelled, before `close` does.
+
+        Args:
+            local_block_ids: all blocks of the sequence so far, in order.
+            first_token: at most where the last push ended.
+            num_tokens: tokens that these blocks hold from there on.
+
+        Raises:
+            KvLeaseLostError: the receiver took the blocks back, or the lease ended.
+            PeerUnavailableError, KvCorruptionError: the bytes did not arrive.
+        """
+        first, end = self._end_token, first_token + num_tokens
+        if end <= first:
+            return
+        if first_token > first or end > self._num_tokens:
+            raise ValueError(
+                f"push of tokens [{first_token}, {end}) where [{first}, {self._num_tokens}) is left"
+            )
+        self._end_token = end
+        layout = self._memory.layout
+        parts = slot_ranges(
+            layout, local_block_ids, self.block_ids, first_token=first, end_token=end
+        )
+        num_bytes = await self._write(parts)
+        if num_bytes != (end - first) * layout.bytes_per_token:
+            raise AssertionError(f"wrote {num_bytes} bytes for {end - first} tokens")
+        self.report.num_bytes += num_bytes
+        self.report.num_tokens += end - first
+
+    async def commit(self, first_token_id: int) -> None:
+        """Tell the receiver that all is there; the sequence decodes there from now on.
+
+        Raises:
+            KvLeaseLostError: the receiver took the blocks back before.
+            PeerUnavailableError, DeadlineError: it did not answer, so it may have them or not.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._end_token != self._num_tokens:
+            raise ValueError(f"commit at token {self._end_token} of {self._num_tokens}")
+        self.report.commit_start_ns = time.time_ns()
+        request = pb.CommitRequest(
+            epoch=self.session.offer.epoch,
+            lease_id=self._permit.lease_id,
+            num_bytes=self.report.num_bytes,
+            first_token_id=first_token_id,
+        )
+        await self._call_commit(request)
+        self._is_committed = True
+        self.report.commit_end_ns = time.time_ns()
+        self.report.outcome = "committed"
+
+    async def close(self) -> None:
+        """End the handover. Uncommitted: stop writing, then give the blocks back, acknowledged.
+
+        Shield it: `KvSender` does.
+        """
+        self._permit.stopped.set()
+        if self._writes:
+            await asyncio.wait(self._writes)
+        self.session.permits.pop(self._permit.lease_id, None)
+        if not self._is_committed:
+            await self._release()
+        self.session.leave()
+
+    def fail(self, error: BaseException) -> None:
+        """Note why the handover ends without a commit."""
+        if not self._is_committed:
+            self.report.outcome = outcome_of(error)
+
+    async def _write(self, parts: Sequence[SlotRange]) -> int:
+        report = self.report
+        start_ns = time.time_ns()
+        report.transfer_start_ns = report.transfer_start_ns or start_ns
+        writing = self.session.write(self._permit, self._memory, self._host, parts)
+        self._writes.add(writing)
+        writing.add_done_callback(self._end_write)
+        num_bytes = await asyncio.shield(writing)
+        report.transfer_end_ns = time.time_ns()
+        report.write_ns += report.transfer_end_ns - start_ns
+        return num_bytes
+
+    def _end_write(self, writing: asyncio.Future[int]) -> None:
+        self._writes.discard(writing)
+        if not writing.cancelled() and (error := writing.exception()) is not None:
+            self._failure = self._failure or error
+
+    async def _call_commit(self, request: pb.CommitRequest) -> None:
+        try:
+            await self.peer.call(self.peer.calls.Commit, request, self._rpc_timeout_s)
+        except PeerUnavailableError:
+            # The connection may have broken on the way back. Asking again is harmless.
+            await self.peer.call(self.peer.calls.Commit, request, self._rpc_timeout_s)
+        except KvLeaseLostError:
+            self.peer.forget(self.session)
+            raise
+
+    async def _release(self) -> None:
+        request = pb.ReleaseRequest(epoch=self.session.offer.epoch, lease_id=self._permit.lease_id)
+        try:
+            await self.peer.call(self.peer.calls.Release, request, self._rpc_timeout_s)
+        except IsthmusError as error:
+            # Nothing more is written; the receiver frees the blocks when the lease ends.
+            logger.warning("release failed request_id=%s: %s", self.request_id, error)

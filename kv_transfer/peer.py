@@ -1,0 +1,125 @@
+"""A sender's acquaintance with one decode worker: a channel, a session with its last start."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from grpc import aio
+
+from engine.errors import KvLeaseLostError
+from kv_transfer import convert
+from kv_transfer.config import TransferConfig
+from kv_transfer.offer import PROTOCOL_VERSION, Offer, check_same
+from kv_transfer.session import Session, WriterChoice
+from mesh.status import error_from_rpc
+from protos.isthmus.v1 import kv_transfer_pb2 as pb
+from protos.isthmus.v1 import kv_transfer_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+Req = TypeVar("Req")
+Res = TypeVar("Res")
+
+
+class Peer:
+    """Handshakes once for each start of the worker. Loop only."""
+
+    def __init__(
+        self,
+        address: str,
+        channel: aio.Channel,
+        *,
+        greeting: pb.HandshakeRequest,
+        config: TransferConfig,
+        open_writer: Callable[[Offer, str], WriterChoice],
+    ) -> None:
+        self.address = address
+        self.num_users = 0
+        self._channel = channel
+        self.calls = pb_grpc.KvTransferServiceStub(channel)
+        self._greeting = greeting
+        self._config = config
+        self._open_writer = open_writer
+        self._session: Session | None = None
+        self._lock = asyncio.Lock()
+
+    @property
+    def has_session(self) -> bool:
+        return self._session is not None
+
+    async def enter_session(self) -> tuple[Session, WriterChoice | None]:
+        """The session, entered, and how its data plane was chosen when it is new.
+
+        Raises:
+            LayoutMismatchError: both ends differ, or have no data plane in common.
+            PeerUnavailableError: the worker cannot be reached.
+        """
+        async with self._lock:
+            choice = None
+            if self._session is None:
+                offer = await self._handshake()
+                choice = await asyncio.to_thread(self._open_writer, offer, self.address)
+                self._session = Session(offer, choice.writer, lease_s=self._config.lease_s)
+                logger.info(
+                    "handshake receiver_id=%s address=%s data_plane=%s",
+                    offer.receiver_id,
+                    self.address,
+                    choice.writer.name,
+                )
+            self._session.enter()
+            return self._session, choice
+
+    def forget(self, session: Session) -> None:
+        """The worker has started again or is gone: the next handover handshakes anew."""
+        if self._session is session:
+            self._session = None
+            session.leave()
+
+    async def call(
+        self, method: Callable[..., "aio.UnaryUnaryCall[Req, Res]"], request: Req, timeout_s: float
+    ) -> Res:
+        """Call the worker; raises what its servicer raised."""
+        try:
+            return await method(request, timeout=timeout_s)
+        except aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+
+    async def renew(self, session: Session, *, timeout_s: float) -> None:
+        """Extend every open handover of a session; those that are lost may write no more."""
+        permits = dict(session.permits)
+        if not permits:
+            return
+        lease_s = session.lease_s
+        clock = next(iter(permits.values())).clock
+        sent_s = clock()
+        request = pb.RenewRequest(
+            epoch=session.offer.epoch, lease_ids=list(permits), lease_ns=round(lease_s * 1e9)
+        )
+        try:
+            response = await self.call(self.calls.Renew, request, timeout_s)
+            lost = set(response.lost_lease_ids)
+        except KvLeaseLostError:
+            lost = set(permits)
+            self.forget(session)
+        for lease_id, permit in permits.items():
+            if lease_id in lost:
+                permit.deadline_s = float("-inf")
+            else:
+                permit.deadline_s = max(permit.deadline_s, sent_s + lease_s)
+
+    async def close(self) -> None:
+        if self._session is not None:
+            self.forget(self._session)
+        await self._channel.close()
+
+    async def _handshake(self) -> Offer:
+        response = await self.call(self.calls.Handshake, self._greeting, self._config.rpc_timeout_s)
+        offer = convert.offer_from(response)
+        greeting = self._greeting
+        check_same(
+            (PROTOCOL_VERSION, greeting.model_digest, offer.layout),
+            (PROTOCOL_VERSION, greeting.model_digest, convert.layout_from(greeting.layout)),
+            names=(offer.receiver_id, greeting.sender_id),
+        )
+        return offer

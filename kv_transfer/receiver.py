@@ -1,0 +1,385 @@
+"""The decode worker's end of handovers: leases on its blocks, and who may write them."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+from engine.errors import (
+    CapacityError,
+    DuplicateRequestError,
+    InvalidRequestError,
+    KvLeaseLostError,
+    UnknownRequestError,
+)
+from engine.kv_cache.layout import KvLayout
+from engine.runtime.commands import RequestEngine, Reservation
+from kv_transfer.config import DataPlane, TransferConfig
+from kv_transfer.counters import ReceiverCounters
+from kv_transfer.lease import EndReason, Lease, LeaseState, LeaseTable
+from kv_transfer.memory import KvMemory
+from kv_transfer.offer import PROTOCOL_VERSION, Offer, check_same
+from kv_transfer.plane import KvIntake, WriteWindow
+from kv_transfer.shm import ShmIntake
+from kv_transfer.tcp_intake import TcpIntake
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SWEEP_INTERVAL_S = 0.1
+FORCE_AFTER_S = 0.5
+"""A writer in the middle of a slice gets this long before it is cut off."""
+
+
+@dataclass(slots=True)
+class _Ending:
+    """What callers of a lease's end wait for."""
+
+    num_freed_blocks: asyncio.Future[int]
+    committed: asyncio.Future[None]
+
+
+@dataclass(slots=True)
+class _Planes:
+    shm: ShmIntake | None = None
+    tcp: TcpIntake | None = None
+    others: Sequence[KvIntake] = ()
+
+    @property
+    def all(self) -> list[KvIntake]:
+        return [plane for plane in (self.shm, self.tcp, *self.others) if plane is not None]
+
+
+class KvReceiver:
+    """Lends blocks of `engine` to prefill workers. An async context manager; loop only.
+
+    A block that was lent goes back to the engine only when every data plane has fenced its
+    lease: no write can begin any more and none is under way.
+    """
+
+    def __init__(
+        self,
+        engine: RequestEngine,
+        memory: KvMemory,
+        *,
+        receiver_id: str,
+        model_digest: str,
+        config: TransferConfig,
+        epoch: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        other_planes: Sequence[KvIntake] = (),
+    ) -> None:
+        self.epoch = secrets.randbits(63) if epoch is None else epoch
+        self._engine = engine
+        self._memory = memory
+        self._receiver_id = receiver_id
+        self._model_digest = model_digest
+        self._config = config
+        self._table = LeaseTable(clock, max_lease_s=config.lease_s, max_hold_s=config.max_hold_s)
+        self._endings: dict[int, _Ending] = {}
+        self._pending: dict[str, asyncio.Timeout] = {}
+        self._num_committed_tokens = 0
+        self._planes = _Planes(others=other_planes)
+        self._stack = AsyncExitStack()
+        self._tasks = asyncio.TaskGroup()
+        self._running: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        """Raises OSError when the data address cannot be bound."""
+        async with AsyncExitStack() as stack:
+            self._open_planes()
+            stack.callback(self._close_planes)
+            await stack.enter_async_context(self._tasks)
+            stack.callback(self._abandon)
+            self._spawn(self._sweep_for_ever(), "kv-lease-sweeper")
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stack.__aexit__(kind, error, traceback)
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._memory.layout
+
+    @property
+    def counters(self) -> ReceiverCounters:
+        tcp = self._planes.tcp
+        return ReceiverCounters(
+            num_live_leases=self._table.num_live,
+            num_quarantined_leases=self._table.num_quarantined,
+            num_waiting_reserves=len(self._pending),
+            num_committed_tokens=self._num_committed_tokens,
+            num_committed_bytes=self._num_committed_tokens * self._memory.layout.bytes_per_token,
+            ended_leases={str(reason): n for reason, n in self._table.ended.items()},
+            dropped_connections={} if tcp is None else dict(tcp.dropped),
+        )
+
+    def handshake(
+        self, *, sender_id: str, layout: KvLayout, model_digest: str, protocol_version: int
+    ) -> Offer:
+        """Compare both ends.
+
+        Raises:
+            LayoutMismatchError: they differ; the text shows both.
+        """
+        check_same(
+            (protocol_version, model_digest, layout),
+            (PROTOCOL_VERSION, self._model_digest, self._memory.layout),
+            names=(sender_id, self._receiver_id),
+        )
+        shm, tcp = self._planes.shm, self._planes.tcp
+        return Offer(
+            receiver_id=self._receiver_id,
+            epoch=self.epoch,
+            layout=self._memory.layout,
+            num_blocks=self._memory.num_blocks,
+            shm=shm.offer if shm else None,
+            tcp=tcp.offer if tcp else None,
+        )
+
+    async def reserve(
+        self,
+        request_id: str,
+        *,
+        owner: str,
+        epoch: int,
+        num_tokens: int,
+        block_hashes: Sequence[bytes],
+        lease_s: float,
+    ) -> Lease:
+        """Take blocks and lend them to `owner`; waits while the pool is full.
+
+        Cancelling gives up the place. Whoever gets the lease must see to it that it is released
+        when its owner does not learn of it.
+
+        Raises:
+            KvLeaseLostError: the epoch is not this one's.
+            UnknownRequestError: the request was aborted meanwhile.
+            DuplicateRequestError: blocks are reserved for this request already.
+            InvalidRequestError, CapacityError: it can never fit.
+        """
+        self._check_epoch(epoch)
+        layout = self._memory.layout
+        if not request_id or num_tokens == 0:
+            raise InvalidRequestError("a reservation needs a request id and at least one token")
+        if layout.num_blocks_for(num_tokens) > self._memory.num_blocks:
+            raise CapacityError(
+                f"{num_tokens} tokens can never fit {self._memory.num_blocks} blocks of"
+                f" {layout.block_size_tokens}"
+            )
+        await self._wait_for_quarantine(request_id)
+        reservation = await self._reserve_blocks(request_id, num_tokens, block_hashes)
+        lease = self._table.grant(
+            request_id,
+            owner=owner,
+            block_ids=reservation.block_ids,
+            num_cached_tokens=reservation.num_cached_tokens,
+            num_tokens=num_tokens,
+            lease_s=lease_s,
+        )
+        loop = asyncio.get_running_loop()
+        self._endings[lease.lease_id] = _Ending(loop.create_future(), loop.create_future())
+        window = WriteWindow(
+            lease.lease_id, lease.block_ids, lease.num_cached_tokens, lease.num_tokens
+        )
+        for plane in self._planes.all:
+            plane.open(window)
+        return lease
+
+    def renew(self, epoch: int, lease_ids: Sequence[int], lease_s: float) -> list[int]:
+        """Returns the leases that are lost; raises KvLeaseLostError when all are: another epoch."""
+        self._check_epoch(epoch)
+        return self._table.renew(lease_ids, lease_s)
+
+    async def commit(
+        self, epoch: int, lease_id: int, *, num_bytes: int, first_token_id: int
+    ) -> None:
+        """Hand the blocks to the sequence; repeating it gives the first call's outcome.
+
+        Raises:
+            KvLeaseLostError: the lease is over, or the engine gave the request up.
+            InvalidRequestError: another number of bytes was written than reserved; it is over now.
+        """
+        self._check_epoch(epoch)
+        lease = self._table.get(lease_id)
+        if lease is None:
+            raise KvLeaseLostError(f"lease {lease_id} is over")
+        committed = self._endings[lease_id].committed
+        if lease.state is LeaseState.RESERVED:
+            self._table.begin_commit(lease)
+            work = self._commit(lease, num_bytes, first_token_id)
+            self._spawn(work, f"kv-commit-{lease.request_id}")
+        elif not committed.done() and lease.state is not LeaseState.COMMITTING:
+            self._table.begin_commit(lease)  # revoked: raises
+        await asyncio.shield(committed)
+
+    async def release(self, epoch: int, lease_id: int) -> int:
+        """Give a lease back; returns its blocks once they are free. Over already: harmless."""
+        if epoch != self.epoch or (lease := self._table.get(lease_id)) is None:
+            return 0
+        return await self._end(lease, EndReason.RELEASED)
+
+    async def abort(self, request_id: str) -> int:
+        """Take back what is reserved for a request, its writer notwithstanding.
+
+        Call before `engine.abort`: returns once no write can reach the blocks and they are free.
+        Unknown ids: 0. A commit that is under way is waited for first.
+        """
+        waiting = self._pending.get(request_id)
+        if waiting is not None:
+            waiting.reschedule(asyncio.get_running_loop().time())
+        lease = self._table.held_by(request_id)
+        return 0 if lease is None else await self._end(lease, EndReason.ABORTED)
+
+    def sweep(self) -> None:
+        """Revoke leases whose time is over and forget old ones; called every SWEEP_INTERVAL_S."""
+        for lease in self._table.expire():
+            logger.warning("lease expired request_id=%s owner=%s", lease.request_id, lease.owner)
+            self._reclaim(lease)
+        for lease_id in self._table.purge():
+            self._endings.pop(lease_id).num_freed_blocks.cancel()
+            for plane in self._planes.all:
+                plane.forget(lease_id)
+
+    async def _end(self, lease: Lease, reason: EndReason) -> int:
+        ending = self._endings[lease.lease_id]
+        if lease.state is LeaseState.COMMITTING:
+            await asyncio.wait([ending.committed])
+        if lease.state is LeaseState.COMMITTED:
+            return 0
+        if self._table.revoke(lease, reason):
+            self._reclaim(lease)
+        return await asyncio.shield(ending.num_freed_blocks)
+
+    def _reclaim(self, lease: Lease) -> None:
+        """Fence a lease that was just revoked and free its blocks, whoever waits for it or not."""
+        self._spawn(self._free(lease), f"kv-free-{lease.request_id}")
+
+    async def _free(self, lease: Lease) -> None:
+        await self._fence(lease.lease_id)
+        freed = self._endings[lease.lease_id].num_freed_blocks
+        try:
+            num_blocks = await self._engine.cancel_reservation(lease.request_id)
+        except Exception as error:
+            # The blocks stay in quarantine: this happens when the engine is dead.
+            logger.exception("blocks not freed request_id=%s", lease.request_id)
+            _fail(freed, error)
+            return
+        self._table.freed(lease)
+        freed.set_result(num_blocks)
+
+    async def _commit(self, lease: Lease, num_bytes: int, first_token_id: int) -> None:
+        committed = self._endings[lease.lease_id].committed
+        try:
+            self._check_num_bytes(lease, num_bytes)
+            await self._fence(lease.lease_id)
+            await self._engine.commit(lease.request_id, first_token_id)
+        except Exception as error:  # noqa: BLE001 - raised again where the future is awaited
+            if isinstance(error, UnknownRequestError):
+                error = KvLeaseLostError(f"the reservation is gone: {error}")
+            self._table.revoke(lease, EndReason.REFUSED)
+            self._reclaim(lease)
+            _fail(committed, error)
+            return
+        self._table.finish_commit(lease)
+        self._num_committed_tokens += lease.num_tokens - lease.num_cached_tokens
+        committed.set_result(None)
+
+    def _check_num_bytes(self, lease: Lease, num_bytes: int) -> None:
+        num_tokens = lease.num_tokens - lease.num_cached_tokens
+        expected = num_tokens * self._memory.layout.bytes_per_token
+        if num_bytes != expected:
+            raise InvalidRequestError(
+                f"commit of {num_bytes} bytes where {num_tokens} tokens are {expected}"
+            )
+
+    async def _fence(self, lease_id: int) -> None:
+        pause_s = waited_s = 0.001
+        for plane in self._planes.all:
+            while not plane.fence(lease_id, is_forced=waited_s > FORCE_AFTER_S):
+                await asyncio.sleep(pause_s)
+                waited_s += pause_s
+                pause_s = min(2 * pause_s, 0.05)
+
+    async def _wait_for_quarantine(self, request_id: str) -> None:
+        """Blocks of an earlier try of the same request come back first."""
+        lease = self._table.held_by(request_id)
+        if lease is not None and lease.state is LeaseState.REVOKED:
+            await asyncio.shield(self._endings[lease.lease_id].num_freed_blocks)
+        if self._table.held_by(request_id) is not None or request_id in self._pending:
+            raise DuplicateRequestError(f"blocks are reserved for request {request_id} already")
+
+    async def _reserve_blocks(
+        self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]
+    ) -> Reservation:
+        """As the engine's reserve, but `abort` can end it too."""
+        waiting = asyncio.timeout(None)
+        self._pending[request_id] = waiting
+        try:
+            async with waiting:
+                return await self._engine.reserve(request_id, num_tokens, block_hashes)
+        except TimeoutError:
+            raise UnknownRequestError(f"request {request_id} was aborted") from None
+        finally:
+            del self._pending[request_id]
+
+    def _check_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            raise KvLeaseLostError(
+                f"epoch {epoch} is over: {self._receiver_id} has started again since"
+            )
+
+    def _spawn(self, work: Coroutine[object, object, None], name: str) -> asyncio.Task[None]:
+        """Run `work`, which raises nothing, to its end: its caller may be cancelled meanwhile."""
+        task = self._tasks.create_task(work, name=name)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+            self.sweep()
+
+    def _open_planes(self) -> None:
+        wanted = self._config.data_plane
+        if wanted is not DataPlane.TCP and self._memory.shared_fd is not None:
+            self._planes.shm = ShmIntake(self._memory)
+        if wanted is not DataPlane.SHM:
+            with contextlib.ExitStack() as undo:
+                undo.callback(self._close_planes)
+                self._planes.tcp = TcpIntake(self._memory, epoch=self.epoch, config=self._config)
+                undo.pop_all()
+        if not self._planes.all:
+            raise ValueError("data_plane is shm but the KV pool is not in shared memory")
+
+    def _close_planes(self) -> None:
+        for plane in self._planes.all:
+            plane.close()
+        self._planes = _Planes()
+
+    def _abandon(self) -> None:
+        """End every wait; the blocks go down with the engine."""
+        for task in self._running:
+            task.cancel()
+        for ending in self._endings.values():
+            ending.num_freed_blocks.cancel()
+            ending.committed.cancel()
+
+
+def _fail(future: asyncio.Future[T], error: Exception) -> None:
+    future.set_exception(error)
+    future.exception()  # nobody may be left to look at it

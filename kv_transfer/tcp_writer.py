@@ -1,0 +1,156 @@
+"""Data plane between hosts, sender's end: frames over one connection to the receiver."""
+
+import logging
+import socket
+from collections.abc import Sequence
+
+import numpy as np
+import xxhash
+
+from engine.errors import (
+    IsthmusError,
+    KvCorruptionError,
+    KvLeaseLostError,
+    LayoutMismatchError,
+    PeerUnavailableError,
+)
+from kv_transfer import stream
+from kv_transfer.blocks import BlockSource, SlotRange
+from kv_transfer.frame import (
+    ANSWER_BYTES,
+    FrameError,
+    FrameFlag,
+    FrameHeader,
+    PushStatus,
+    answer_from,
+)
+from kv_transfer.plane import WritePermit
+
+logger = logging.getLogger(__name__)
+
+_ERROR_OF: dict[PushStatus, type[IsthmusError]] = {
+    PushStatus.LEASE_LOST: KvLeaseLostError,
+    PushStatus.CORRUPT: KvCorruptionError,
+    PushStatus.REFUSED: LayoutMismatchError,
+}
+
+
+class TcpWriter:
+    """Connects with the first write and again when the connection is gone."""
+
+    name = "tcp"
+
+    def __init__(self, address: tuple[str, int], *, timeout_s: float, has_checksums: bool) -> None:
+        self._address = address
+        self._timeout_s = timeout_s
+        self._has_checksums = has_checksums
+        self._socket: socket.socket | None = None
+        self._num_pushes = 0
+
+    def write(self, permit: WritePermit, source: BlockSource, parts: Sequence[SlotRange]) -> int:
+        if not parts:
+            return 0
+        if self._socket is not None:
+            try:
+                return self._write(self._socket, permit, source, parts)
+            except OSError as error:  # e.g. idle for long: frames may be sent twice
+                logger.info("connecting again to %s:%s: %s", *self._address, error)
+                self.close()
+        sock = self._connect()
+        try:
+            return self._write(sock, permit, source, parts)
+        except OSError as error:
+            self.close()
+            raise PeerUnavailableError(f"{self._peer}: {error}") from error
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    @property
+    def _peer(self) -> str:
+        return "data port {}:{}".format(*self._address)
+
+    def _connect(self) -> socket.socket:
+        try:
+            sock = socket.create_connection(self._address, timeout=self._timeout_s)
+        except OSError as error:
+            raise PeerUnavailableError(f"{self._peer}: {error}") from error
+        stream.prepare(sock)
+        self._socket = sock
+        return sock
+
+    def _write(
+        self,
+        sock: socket.socket,
+        permit: WritePermit,
+        source: BlockSource,
+        parts: Sequence[SlotRange],
+    ) -> int:
+        self._num_pushes = (self._num_pushes + 1) & 0xFFFFFFFF
+        num_bytes = 0
+        is_whole = False  # frames begun are also ended
+        try:
+            for index, part in enumerate(parts):
+                permit.check()
+                is_last = index == len(parts) - 1
+                num_bytes += self._send_frame(sock, permit, source, part, is_last=is_last)
+            status = self._await_answer(sock, permit)
+            is_whole = True
+        finally:
+            if not is_whole:
+                self.close()  # the receiver drops what it has of an unfinished frame
+        if status is not PushStatus.WRITTEN:
+            raise _ERROR_OF[status](
+                f"{self._peer} answered {status.name} for lease {permit.lease_id}"
+            )
+        return num_bytes
+
+    def _send_frame(
+        self,
+        sock: socket.socket,
+        permit: WritePermit,
+        source: BlockSource,
+        part: SlotRange,
+        *,
+        is_last: bool,
+    ) -> int:
+        payload = np.ascontiguousarray(source.slots(part)).reshape(-1)
+        flags = FrameFlag(0)
+        checksum = 0
+        if is_last:
+            flags |= FrameFlag.LAST
+        if self._has_checksums:
+            flags |= FrameFlag.CHECKSUM
+            checksum = xxhash.xxh3_64_intdigest(payload.data)
+        header = FrameHeader(
+            flags=flags,
+            push=self._num_pushes,
+            lease_id=permit.lease_id,
+            epoch=permit.epoch,
+            block_id=part.remote_block_id,
+            first_slot=part.first_slot,
+            num_slots=part.num_slots,
+            num_bytes=payload.nbytes,
+            checksum=checksum,
+        )
+        stream.send(
+            sock, header.to_bytes(), payload.data, timeout_s=self._timeout_s, check=permit.check
+        )
+        return payload.nbytes
+
+    def _await_answer(self, sock: socket.socket, permit: WritePermit) -> PushStatus:
+        data = bytearray(ANSWER_BYTES)
+        is_open = stream.receive(
+            sock, memoryview(data), timeout_s=self._timeout_s, check=permit.check
+        )
+        if not is_open:
+            raise ConnectionResetError("closed before the push was answered")
+        try:
+            answer = answer_from(data)
+        except FrameError as error:
+            raise ConnectionResetError(f"unreadable answer ({error})") from error
+        if (answer.push, answer.lease_id) != (self._num_pushes, permit.lease_id):
+            raise ConnectionResetError("answer to another push")
+        return answer.status

@@ -1,0 +1,101 @@
+"""A KvSender and a KvReceiver joined by a real gRPC server, for tests of the handover."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from grpc import aio
+
+from kv_transfer.config import TransferConfig
+from kv_transfer.loopback import LoopbackIntake, LoopbackWriter
+from kv_transfer.offer import Offer
+from kv_transfer.receiver import KvReceiver
+from kv_transfer.report import HandoverReport
+from kv_transfer.sender import KvSender
+from kv_transfer.servicer import KvTransferServicer
+from kv_transfer.session import WriterChoice
+from mesh.channel import open_channel
+from mesh.server import listening
+from protos.isthmus.v1 import kv_transfer_pb2_grpc as pb_grpc
+from tests.fakes.engine import FakeEngine
+from tests.fakes.kv_memory import DeviceMemory, HostMemory
+
+PLANES = ("shm", "tcp", "loopback", "tcp-from-device", "tcp-to-device")
+FAST = TransferConfig(lease_s=1.0, reserve_timeout_s=5.0, rpc_timeout_s=2.0, data_timeout_s=1.0)
+
+
+@dataclass(slots=True)
+class KvPair:
+    sender: KvSender
+    receiver: KvReceiver
+    engine: FakeEngine
+    local: HostMemory
+    remote: HostMemory
+    address: str
+    reports: list[HandoverReport] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def serving(receiver: KvReceiver, *, address: str = "127.0.0.1:0") -> AsyncIterator[str]:
+    """The receiver behind a gRPC server; yields host:port."""
+
+    def add(server: aio.Server) -> None:
+        pb_grpc.add_KvTransferServiceServicer_to_server(KvTransferServicer(receiver), server)
+
+    async with listening(add, address=address, drain_grace_s=0) as port:
+        yield f"127.0.0.1:{port}"
+
+
+@asynccontextmanager
+async def kv_pair(
+    plane: str = "shm",
+    *,
+    num_blocks: int = 16,
+    config: TransferConfig = FAST,
+    clock: Callable[[], float] | None = None,
+) -> AsyncIterator[KvPair]:
+    """Both ends in one process, joined by the data plane of that name."""
+    clocks: dict[str, Any] = {} if clock is None else {"clock": clock}
+    data_plane, _, detail = plane.partition("-")
+    if data_plane != "loopback":
+        config = replace(config, data_plane=data_plane)
+    local_type = DeviceMemory if detail == "from-device" else HostMemory
+    remote_type = DeviceMemory if detail == "to-device" else HostMemory
+    engine = FakeEngine(num_blocks=num_blocks, block_size_tokens=4)
+    reports: list[HandoverReport] = []
+    async with AsyncExitStack() as stack:
+        local = stack.enter_context(local_type().fill_randomly(seed=1))
+        remote = stack.enter_context(remote_type(num_blocks).fill_randomly(seed=2))
+        other_planes = (LoopbackIntake(remote),) if data_plane == "loopback" else ()
+
+        def open_loopback(offer: Offer, address: str) -> WriterChoice:
+            return WriterChoice(
+                LoopbackWriter(other_planes[0], slice_bytes=config.slice_bytes), None
+            )
+
+        receiver = await stack.enter_async_context(
+            KvReceiver(
+                engine,
+                remote,
+                receiver_id="decode-0",
+                model_digest="abc",
+                config=config,
+                other_planes=other_planes,
+                **clocks,
+            )
+        )
+        address = await stack.enter_async_context(serving(receiver))
+        sender = await stack.enter_async_context(
+            KvSender(
+                local,
+                sender_id="prefill-0",
+                model_digest="abc",
+                open_channel=open_channel,
+                config=config,
+                on_end=reports.append,
+                open_writer=open_loopback if other_planes else None,
+                **clocks,
+            )
+        )
+        yield KvPair(sender, receiver, engine, local, remote, address, reports)
