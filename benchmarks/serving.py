@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving                               # starts a mesh with `isthmus up`
     python -m benchmarks.serving -- --model PATH --decode 2    # the same, with options for it
+    python -m benchmarks.serving --start --target vllm=http://127.0.0.1:8001
     python -m benchmarks.serving --target mesh=http://127.0.0.1:8000 --target vllm=http://...
 
 Every load is played on all targets before the next one begins, so that a noisy machine is noisy
@@ -86,10 +87,13 @@ def _rows(load: Load, target: Target, runs: Sequence[Run], load_average: float) 
 
 
 @asynccontextmanager
-async def _targets(texts: Sequence[str], mesh_arguments: Sequence[str]) -> AsyncIterator[list[str]]:
-    """The NAME=URL texts given, with a mesh of our own if none was given or options for it were."""
-    if texts and not mesh_arguments:
-        yield list(texts)
+async def _targets(
+    options: argparse.Namespace, mesh_arguments: Sequence[str]
+) -> AsyncIterator[list[str]]:
+    """The NAME=URL texts given, after a mesh of our own if one is wanted or none was given."""
+    texts: list[str] = options.target
+    if texts and not options.start and not mesh_arguments:
+        yield texts
         return
     async with started_mesh(mesh_arguments) as url:
         yield [f"{MESH_NAME}={url}", *texts]
@@ -99,7 +103,7 @@ async def run(options: argparse.Namespace, mesh_arguments: Sequence[str]) -> Out
     """Do what the command line asks; the outcome is not yet printed or written."""
     loads = _chosen_loads(options)
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    async with _targets(options.target, mesh_arguments) as texts:
+    async with _targets(options, mesh_arguments) as texts:
         targets = [await find_target(text) for text in texts]
         rows = await measure(
             targets,
@@ -142,6 +146,16 @@ def _token_range(text: str) -> TokenRange:
     return TokenRange(start=int(start), stop=int(stop))
 
 
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be more than 0, got {text}")
+        return value
+
+    return parse
+
+
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line's options; leaves the process on a bad one, as argparse does."""
     parser = argparse.ArgumentParser(
@@ -151,20 +165,29 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--target", action="append", default=[], metavar="NAME=URL", help="repeat to compare")
+    add("--start", action="store_true", help="start a mesh beside the targets given")
     add("--baseline", default="vllm", metavar="NAME", help="the target others are held against")
     names = [*standard_loads(is_quick=True)]
     add("--scenario", action="append", choices=names, help="repeat; all by default")
-    add("--repeat", type=int, default=1, metavar="N", help="play each load N times, pooled")
+    add(
+        "--repeat",
+        type=_positive(int),
+        default=1,
+        metavar="N",
+        help="play each load N times, pooled",
+    )
     add("--quick", action="store_true", help="a third of the requests")
     add("--seed", type=int, default=secrets.randbelow(2**31), help="fresh by default")
     add("--token-ids", type=_token_range, default="1000:30000", metavar="START:STOP")
     add("--json", type=Path, metavar="FILE", help="write all figures here")
     trace = parser.add_argument_group("replay of a request trace (Mooncake's format)")
     trace.add_argument("--trace", metavar="FILE", help="play this instead of the scenarios")
-    trace.add_argument("--rate", type=float, default=1.0, help="times as fast as recorded")
-    trace.add_argument("--max-input", type=int, default=2048, help="cut prompts to this")
-    trace.add_argument("--max-output", type=int, default=64, help="cut answers to this")
-    trace.add_argument("--num-requests", type=int, default=100, help="the first so many")
+    trace.add_argument(
+        "--rate", type=_positive(float), default=1.0, help="times as fast as recorded"
+    )
+    trace.add_argument("--max-input", type=_positive(int), default=2048, help="cut prompts to this")
+    trace.add_argument("--max-output", type=_positive(int), default=64, help="cut answers to this")
+    trace.add_argument("--num-requests", type=_positive(int), default=100, help="the first so many")
     return parser.parse_args(arguments)
 
 
