@@ -1,0 +1,66 @@
+"""Calls to one prefill worker."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from grpc import aio
+
+from mesh.channel import open_channel
+from mesh.status import error_from_rpc
+from protos.isthmus.v1.prefill_pb2 import AbortRequest, PrefillRequest, PrefillResponse
+from protos.isthmus.v1.prefill_pb2_grpc import PrefillServiceStub
+
+logger = logging.getLogger(__name__)
+
+ABORT_TIMEOUT_S = 5.0
+
+
+class PrefillClient:
+    """A prefill worker's channel; it connects with the first call."""
+
+    def __init__(self, worker_id: str, address: str) -> None:
+        self.worker_id = worker_id
+        self.address = address
+        self._channel = open_channel(address)
+        self._stub = PrefillServiceStub(self._channel)
+
+    @asynccontextmanager
+    async def prefill(
+        self, request: PrefillRequest, traceparent: str
+    ) -> AsyncIterator[AsyncIterator[PrefillResponse]]:
+        """Run a prefill inside the block; leaving it early cancels the call on the worker.
+
+        Raises:
+            IsthmusError: what the worker answered, or PeerUnavailableError.
+        """
+        metadata = (("traceparent", traceparent),) if traceparent else None
+        call = self._stub.Prefill(request, metadata=metadata)
+        try:
+            yield _responses(call)
+        except aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        finally:
+            call.cancel()
+
+    async def abort(self, request_id: str) -> int:
+        """Blocks that were freed; a worker that cannot be reached has freed them by dying."""
+        try:
+            answer = await self._stub.Abort(
+                AbortRequest(request_id=request_id), timeout=ABORT_TIMEOUT_S
+            )
+        except aio.AioRpcError as error:
+            logger.info("abort not acknowledged request_id=%s: %s", request_id, error.code())
+            return 0
+        return int(answer.num_freed_blocks)
+
+    async def aclose(self, grace_s: float | None = None) -> None:
+        """Close the channel; calls that are open have `grace_s` to end."""
+        await self._channel.close(grace_s)
+
+
+async def _responses(
+    call: "aio.UnaryStreamCall[PrefillRequest, PrefillResponse]",
+) -> AsyncIterator[PrefillResponse]:
+    while isinstance(response := await call.read(), PrefillResponse):
+        yield response
