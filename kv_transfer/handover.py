@@ -52,6 +52,11 @@ class Handover:
         self._is_committed = False
         session.permits[permit.lease_id] = permit
 
+    @property
+    def receiver_id(self) -> str:
+        """The worker that answers at the address."""
+        return self.session.offer.receiver_id
+
     async def push(self, local_block_ids: Sequence[int], first_token: int, num_tokens: int) -> None:
         """Write the KV of tokens [first_token, first_token + num_tokens); returns when it is there.
 
@@ -128,7 +133,7 @@ class Handover:
 
     async def _write(self, parts: Sequence[SlotRange]) -> int:
         report = self.report
-        start_ns = time.time_ns()
+        start_ns = report.computed_ns = time.time_ns()
         report.transfer_start_ns = report.transfer_start_ns or start_ns
         writing = self.session.write(self._permit, self._memory, self._host, parts)
         self._writes.add(writing)

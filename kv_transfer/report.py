@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from protos.isthmus.v1 import prefill_pb2
+
 
 @dataclass(slots=True)
 class HandoverReport:
@@ -26,17 +28,56 @@ class HandoverReport:
     """Time spent writing: the transfer without the pauses in which nothing was there to send."""
     commit_start_ns: int = 0
     commit_end_ns: int = 0
+    computed_ns: int = 0
+    """The last KV was there to be sent; the caller may set the end of prefill instead."""
     outcome: str = "open"
     """committed, released, or the name of the error; "open" before the end."""
 
     @property
+    def reserve_span_ns(self) -> tuple[int, int]:
+        """Start and end of the wait for blocks, a handshake included."""
+        return self.reserve_start_ns, self.reserve_end_ns
+
+    @property
+    def transfer_span_ns(self) -> tuple[int, int]:
+        """First byte sent to last byte acknowledged; empty when the receiver had it all."""
+        if not self.transfer_start_ns:
+            return self.reserve_end_ns, self.reserve_end_ns
+        return self.transfer_start_ns, self.transfer_end_ns
+
+    @property
+    def commit_span_ns(self) -> tuple[int, int]:
+        return self.commit_start_ns, self.commit_end_ns
+
+    @property
     def reserve_ns(self) -> int:
-        return self.reserve_end_ns - self.reserve_start_ns
+        return _length(self.reserve_span_ns)
 
     @property
     def transfer_ns(self) -> int:
-        return self.transfer_end_ns - self.transfer_start_ns
+        return _length(self.transfer_span_ns)
 
     @property
     def commit_ns(self) -> int:
-        return self.commit_end_ns - self.commit_start_ns
+        return _length(self.commit_span_ns)
+
+    @property
+    def exposed_ns(self) -> int:
+        """What of the handover was not hidden behind prefill."""
+        return max(0, self.commit_end_ns - (self.computed_ns or self.reserve_end_ns))
+
+    def to_pb(self) -> prefill_pb2.HandoverReport:
+        return prefill_pb2.HandoverReport(
+            num_bytes=self.num_bytes,
+            num_tokens=self.num_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            reserve_ns=self.reserve_ns,
+            transfer_ns=self.transfer_ns,
+            commit_ns=self.commit_ns,
+            exposed_ns=self.exposed_ns,
+            data_plane=self.data_plane,
+        )
+
+
+def _length(span_ns: tuple[int, int]) -> int:
+    return span_ns[1] - span_ns[0]
