@@ -72,7 +72,7 @@ EngineEvent = TokenEvent | KvComputedEvent | ErrorEvent
 
 
 class EventSink(Protocol):
-    """Receives a request's events on the event loop; one call a step with all that share the sink."""
+    """Receives events on the event loop: one call a step with all events that share the sink."""
 
     def put(self, events: Sequence[EngineEvent]) -> None:
         """Must not block or raise."""
@@ -125,9 +125,9 @@ class RequestEngine(Protocol):
         """
 
     async def abort(self, request_id: str) -> int:
-        """End a request (and its reservation); returns the blocks freed once they are. Unknown ids: 0.
+        """End a request (and its reservation); returns the blocks freed once they are.
 
-        No event of the request is delivered after this returns.
+        Unknown ids: 0. No event of the request is delivered after this returns.
         """
 
     async def release(self, request_id: str) -> int:

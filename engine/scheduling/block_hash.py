@@ -6,26 +6,30 @@ from collections.abc import Sequence
 import xxhash
 
 HASH_BYTES = 16
-_SEED_HASH = bytes(HASH_BYTES)
 
 
-def block_hashes(token_ids: Sequence[int], block_size_tokens: int) -> list[bytes]:
+def block_hashes(token_ids: Sequence[int], block_size_tokens: int, *, salt: int = 0) -> list[bytes]:
     """Hash each full block together with everything before it; a trailing partial block has none.
 
-    h_i = xxh3_128(h_{i-1} || tokens of block i as little-endian uint32), h_{-1} = 16 zero bytes;
-    the digest is xxh3's canonical (big-endian) form.
+    h_i = xxh3_128(h_{i-1} || tokens of block i as little-endian uint32); the digest is xxh3's
+    canonical (big-endian) form, and h_{-1} is the salt in 16 little-endian bytes.
+
+    Args:
+        token_ids: of one sequence, from its start.
+        block_size_tokens: tokens in a block.
+        salt: what else decides the KV (`ModelConfig.rope_salt`); 0 for most models.
     """
     hashes: list[bytes] = []
-    extend_block_hashes(hashes, token_ids, block_size_tokens)
+    extend_block_hashes(hashes, token_ids, block_size_tokens, salt=salt)
     return hashes
 
 
 def extend_block_hashes(
-    hashes: list[bytes], token_ids: Sequence[int], block_size_tokens: int
+    hashes: list[bytes], token_ids: Sequence[int], block_size_tokens: int, *, salt: int = 0
 ) -> None:
     """Append the hashes of the full blocks that `hashes` lacks; it holds those of a prefix."""
     packer = struct.Struct(f"<{block_size_tokens}I")
-    previous = hashes[-1] if hashes else _SEED_HASH
+    previous = hashes[-1] if hashes else salt.to_bytes(HASH_BYTES, "little")
     for index in range(len(hashes), len(token_ids) // block_size_tokens):
         start = index * block_size_tokens
         block = packer.pack(*token_ids[start : start + block_size_tokens])

@@ -13,7 +13,7 @@ pass of somebody else, `commit(plan, drawn, ...)`.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 
 from engine.errors import (
@@ -50,12 +50,14 @@ class Scheduler:
         max_num_sequences: int,
         eos_token_ids: frozenset[int],
         has_prefix_cache: bool = True,
+        hash_salt_of: Callable[[int], int] = lambda _num_prompt_tokens: 0,
     ) -> None:
         self.limits = limits
         self.block_pool = BlockPool(limits.num_blocks)
         self.max_num_sequences = max_num_sequences
         self.eos_token_ids = eos_token_ids
         self.has_prefix_cache = has_prefix_cache
+        self.hash_salt_of = hash_salt_of
         self.num_preemptions = 0
         self.num_prefill_tokens = 0
         self.num_decode_tokens = 0
@@ -72,6 +74,9 @@ class Scheduler:
 
     def sequence(self, request_id: str) -> Sequence:
         return self._sequences[request_id]
+
+    def has_sequence(self, request_id: str) -> bool:
+        return request_id in self._sequences
 
     @property
     def num_sequences(self) -> int:
@@ -123,6 +128,7 @@ class Scheduler:
             SequenceState.AWAITING_KV if is_decode else SequenceState.WAITING,
             self._take_ordinal(),
             [*request.prompt_token_ids, *request.output_token_ids],
+            self.hash_salt_of(len(request.prompt_token_ids)),
         )
         self._sequences[request.request_id] = sequence
         if not is_decode:
@@ -321,6 +327,7 @@ class Scheduler:
             start,
             tuple(sequence.token_ids[start : start + num_new]),
             tuple(sequence.block_ids),
+            len(sequence.request.prompt_token_ids),
             is_drawing=num_new == sequence.num_behind,
         )
 

@@ -43,6 +43,7 @@ class Sequence:
     """Order of arrival among everything that waits for blocks."""
     token_ids: list[int]
     """Prompt, outputs given, outputs drawn."""
+    hash_salt: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -81,7 +82,9 @@ class Sequence:
 
     def hashes_of_full_blocks(self, block_size_tokens: int) -> list[bytes]:
         """Hashes of all full blocks of the tokens known now; grown as tokens come."""
-        extend_block_hashes(self.block_hashes, self.token_ids, block_size_tokens)
+        extend_block_hashes(
+            self.block_hashes, self.token_ids, block_size_tokens, salt=self.hash_salt
+        )
         return self.block_hashes
 
 

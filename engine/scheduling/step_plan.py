@@ -14,6 +14,8 @@ class ScheduledChunk:
     token_ids: tuple[int, ...]
     block_ids: tuple[int, ...]
     """All blocks of the sequence, in order; they cover the chunk."""
+    num_prompt_tokens: int
+    """Of the whole prompt: some rope scalings depend on it."""
     is_drawing: bool
     """The chunk ends the tokens known so far: the next one is drawn from its last position."""
 

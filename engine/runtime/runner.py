@@ -1,0 +1,97 @@
+"""Runs a step plan on the model: index tensors, forward pass, logits of the drawing chunks.
+
+Shape suffixes: T tokens of this step, B sequences, W blocks per sequence, D model dim,
+V vocabulary.
+"""
+
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from engine.kv_cache.batch import StepBatch
+from engine.kv_cache.pool import KvPool
+from engine.models import CausalLM
+from engine.scheduling.step_plan import ScheduledChunk, StepPlan
+
+_WIDTH_STEP = 8  # block tables grow by so many columns, so that their shapes repeat
+
+
+class ModelRunner:
+    """Owns the model and the KV pool of one rank; one step at a time, on one thread."""
+
+    def __init__(self, model: CausalLM, pool: KvPool, device: torch.device) -> None:
+        self.model = model
+        self.pool = pool
+        self._device = device
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan, num_threads: int) -> torch.Tensor:
+        """Compute the plan's chunks; returns logits_BV, float32, one row a drawing chunk.
+
+        On CUDA the result is still being computed when this returns.
+        """
+        batch = step_batch(plan, self.pool.layout.block_size_tokens, self._device, num_threads)
+        hidden_TD = self.model.forward(batch, self.pool)
+        ends = list(accumulate(batch.query_lens))
+        rows = [end - 1 for end, chunk in zip(ends, plan.chunks, strict=True) if chunk.is_drawing]
+        if not rows:
+            return hidden_TD.new_empty((0, 0), dtype=torch.float32)
+        if len(rows) < hidden_TD.shape[0]:
+            hidden_TD = hidden_TD[_to_device(np.array(rows, dtype=np.int64), self._device)]
+        return self.model.logits(hidden_TD)
+
+
+def step_batch(
+    plan: StepPlan, block_size_tokens: int, device: torch.device, num_threads: int
+) -> StepBatch:
+    """Pack a plan's chunks; numpy on the host, then one asynchronous copy for each tensor."""
+    chunks = plan.chunks
+    query_lens = tuple(len(chunk.token_ids) for chunk in chunks)
+    context_lens = tuple(
+        chunk.first_position + num_new for chunk, num_new in zip(chunks, query_lens, strict=True)
+    )
+    table_BW = _block_table(chunks)
+    tokens: list[int] = []
+    for chunk in chunks:
+        tokens += chunk.token_ids
+    lens_B = np.array(query_lens, dtype=np.int64)
+    query_start_B1 = np.zeros(len(chunks) + 1, dtype=np.int64)
+    np.cumsum(lens_B, out=query_start_B1[1:])
+    first_B = np.array([chunk.first_position for chunk in chunks], dtype=np.int64)
+    row_T = np.repeat(np.arange(len(chunks)), lens_B)
+    position_T = np.arange(len(tokens)) + (first_B - query_start_B1[:-1])[row_T]
+    block_T, offset_T = np.divmod(position_T, block_size_tokens)
+    slot_T = table_BW[row_T, block_T].astype(np.int64) * block_size_tokens + offset_T
+    return StepBatch(
+        token_T=_to_device(np.array(tokens, dtype=np.int64), device),
+        position_T=_to_device(position_T, device),
+        slot_T=_to_device(slot_T, device),
+        block_table_BW=_to_device(table_BW, device),
+        query_start_B1=_to_device(query_start_B1.astype(np.int32), device),
+        context_len_B=_to_device(np.array(context_lens, dtype=np.int32), device),
+        query_lens=query_lens,
+        context_lens=context_lens,
+        num_threads=num_threads,
+        prompt_lens=tuple(chunk.num_prompt_tokens for chunk in chunks),
+    )
+
+
+def _block_table(
+    chunks: tuple[ScheduledChunk, ...],
+) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    longest = max(len(chunk.block_ids) for chunk in chunks)
+    width = -(-longest // _WIDTH_STEP) * _WIDTH_STEP
+    table_BW = np.zeros((len(chunks), width), dtype=np.int32)
+    for row, chunk in enumerate(chunks):
+        table_BW[row, : len(chunk.block_ids)] = chunk.block_ids
+    return table_BW
+
+
+def _to_device(
+    array: np.ndarray[tuple[int, ...], np.dtype[np.generic]], device: torch.device
+) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,62 @@
+"""Steps that nobody asked for, before the first request: caches, thread pools, kernels."""
+
+import torch
+
+from engine.request import SamplingParams
+from engine.runtime.runner import ModelRunner
+from engine.sampling.history import SamplerState
+from engine.sampling.sampler import SampleRow, sample
+from engine.scheduling.step_plan import ScheduledChunk, StepPlan
+
+_DECODE_BATCHES = (1, 8)
+
+
+def warm_up(
+    runner: ModelRunner,
+    *,
+    max_num_tokens: int,
+    max_num_sequences: int,
+    max_context_tokens: int,
+    num_threads: int,
+) -> None:
+    """Run one prefill of the largest chunk and some decode steps on blocks that nobody holds.
+
+    What it leaves in the pool is never read: no block is registered in the prefix cache.
+    """
+    block_size = runner.pool.layout.block_size_tokens
+    pool_tokens = runner.pool.num_blocks * block_size
+    num_tokens = max(1, min(max_num_tokens, max_context_tokens, pool_tokens))
+    _run(runner, [num_tokens], num_threads=num_threads)
+    for num_sequences in _DECODE_BATCHES:
+        if num_sequences <= min(max_num_sequences, runner.pool.num_blocks):
+            _run(runner, [1] * num_sequences, num_threads=num_threads)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _run(runner: ModelRunner, query_lens: list[int], *, num_threads: int) -> None:
+    block_size = runner.pool.layout.block_size_tokens
+    chunks: list[ScheduledChunk] = []
+    next_block = 0
+    for index, num_new in enumerate(query_lens):
+        num_blocks = -(-num_new // block_size)
+        blocks = tuple(range(next_block, next_block + num_blocks))
+        next_block += num_blocks
+        name = f"warm-up-{index}"
+        chunks.append(ScheduledChunk(name, 0, (0,) * num_new, blocks, num_new, is_drawing=True))
+    logits_BV = runner.run(StepPlan(tuple(chunks)), num_threads)
+    for params in (SamplingParams(temperature=0.0), SamplingParams(top_p=0.9)):
+        rows = [
+            SampleRow(
+                SamplerState(
+                    params,
+                    prompt_token_ids=(),
+                    output_token_ids=(),
+                    eos_token_ids=frozenset(),
+                ),
+                position=1,
+                num_output_tokens=0,
+            )
+            for _ in query_lens
+        ]
+        sample(logits_BV.clone(), rows)
