@@ -1,0 +1,73 @@
+"""Prometheus metrics of a worker, and the endpoint that serves a process' metrics."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from engine.runtime.commands import EngineStats
+
+# name, help, field of EngineStats; counters get the suffix _total from the client library.
+_GAUGES = (
+    ("isthmus_engine_waiting_sequences", "Sequences not yet scheduled.", "num_waiting"),
+    ("isthmus_engine_running_sequences", "Sequences being computed.", "num_running"),
+    ("isthmus_engine_waiting_tokens", "Prompt tokens not yet computed.", "num_waiting_tokens"),
+    ("isthmus_kv_free_blocks", "KV blocks that a sequence could take.", "num_free_blocks"),
+    ("isthmus_kv_blocks", "KV blocks of the pool.", "num_blocks"),
+)
+_COUNTERS = (
+    ("isthmus_engine_prefill_tokens", "Prompt tokens computed here.", "num_prefill_tokens"),
+    ("isthmus_engine_decode_tokens", "Tokens decoded here.", "num_decode_tokens"),
+    ("isthmus_engine_steps", "Forward passes.", "num_steps"),
+    ("isthmus_engine_step_seconds", "Time spent in forward passes.", "step_s_total"),
+    ("isthmus_engine_preemptions", "Sequences put back for want of blocks.", "num_preemptions"),
+    ("isthmus_engine_prefix_hit_tokens", "Prompt tokens found in the prefix cache.",
+     "num_prefix_hit_tokens"),
+)  # fmt: skip
+
+
+class EngineCollector(Collector):
+    """The engine's numbers, read when Prometheus asks."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._stats()
+        for name, text, field in _GAUGES:
+            yield GaugeMetricFamily(name, text, value=getattr(stats, field))
+        for name, text, field in _COUNTERS:
+            yield CounterMetricFamily(name, text, value=getattr(stats, field))
+
+
+def labelled_counter(name: str, text: str, label: str, values: dict[str, float]) -> Metric:
+    """A counter family with one sample for each value of its label."""
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, number in values.items():
+        family.add_metric([value], number)
+    return family
+
+
+@contextmanager
+def serving_metrics(registry: CollectorRegistry, *, host: str, port: int) -> Iterator[int]:
+    """Answer GET /metrics inside the block, in a thread; yields the bound port.
+
+    Raises:
+        ValueError: the address cannot be bound.
+    """
+    try:
+        server, thread = start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise ValueError(
+            f"cannot serve metrics on {host}:{port}: {error.strerror}; choose another"
+            " --metrics-port, or 0 for a free one"
+        ) from error
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,93 @@
+"""OpenTelemetry for one process: spans go out by OTLP when an endpoint is set, else nowhere.
+
+The context of a request crosses the mesh as a W3C traceparent: in the metadata of a call that
+serves one request, in the message where a stream serves many.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from grpc import aio
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+TRACEPARENT = "traceparent"
+_EXPORT_DELAY_MS = 500
+_PROPAGATOR = TraceContextTextMapPropagator()
+
+
+@contextmanager
+def exporting_spans(
+    service_name: str,
+    *,
+    instance_id: str,
+    otlp_endpoint: str,
+    exporter: SpanExporter | None = None,
+) -> Iterator[None]:
+    """Send the process' spans out inside the block; flushes on exit.
+
+    Args:
+        service_name: what Jaeger groups by, such as isthmus-prefill.
+        instance_id: the worker's id.
+        otlp_endpoint: http://host:port of an OTLP gRPC receiver; empty: spans cost nothing.
+        exporter: instead of OTLP, for tests.
+    """
+    if exporter is None and not otlp_endpoint:
+        yield
+        return
+    if exporter is None:
+        # Imported here: it takes a quarter of a second that a process without traces saves.
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        insecure = not otlp_endpoint.startswith("https://")
+        exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=insecure)
+    resource = Resource.create(
+        {"service.name": service_name, "service.instance.id": instance_id}
+    )
+    provider = TracerProvider(resource=resource)
+    provider.add_span_processor(
+        BatchSpanProcessor(exporter, schedule_delay_millis=_EXPORT_DELAY_MS)
+    )
+    trace.set_tracer_provider(provider)
+    try:
+        yield
+    finally:
+        provider.shutdown()
+
+
+def span_between(
+    name: str,
+    start_ns: int,
+    end_ns: int,
+    *,
+    context: Context | None,
+    attributes: Mapping[str, AttributeValue] | None = None,
+) -> None:
+    """Record a span whose marks (time.time_ns) are known already; without a context, nothing."""
+    if context is None:
+        return
+    span = trace.get_tracer("isthmus").start_span(
+        name, context=context, start_time=start_ns, attributes=attributes
+    )
+    span.end(end_ns)
+
+
+def context_from_traceparent(traceparent: str) -> Context | None:
+    """None when there is none, or when it is not a W3C traceparent."""
+    if not traceparent:
+        return None
+    context = _PROPAGATOR.extract({TRACEPARENT: traceparent})
+    return context if trace.get_current_span(context).get_span_context().is_valid else None
+
+
+def context_from_call(call: aio.ServicerContext[object, object]) -> Context | None:
+    """The caller's context, from the metadata of a call that serves one request."""
+    for key, value in call.invocation_metadata() or ():
+        if key == TRACEPARENT and isinstance(value, str):
+            return context_from_traceparent(value)
+    return None
