@@ -5,6 +5,8 @@ import logging
 import torch
 
 from engine.kernels.interface import HeadShape, Kernels, PackedLinear
+from engine.kernels.native_kernels import DTYPE_CODES, NativeKernels
+from engine.kernels.native_library import NativeLibrary
 from engine.kernels.torch_kernels import TorchKernels
 
 __all__ = ["HeadShape", "Kernels", "PackedLinear", "choose_kernels"]
@@ -17,6 +19,19 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, num_threads: int) -
 
     `num_threads` is the most CPU threads that any step will name; steps may name fewer.
     """
-    kernels = TorchKernels(device)
-    logger.info("kernels=%s dtype=%s max_threads=%d", kernels.name, dtype, num_threads)
-    return kernels
+    kernels = _native_kernels(dtype) if device.type == "cpu" else None
+    chosen: Kernels = kernels or TorchKernels(device)
+    logger.info("kernels=%s dtype=%s max_threads=%d", chosen.name, dtype, num_threads)
+    return chosen
+
+
+def _native_kernels(dtype: torch.dtype) -> NativeKernels | None:
+    if dtype not in DTYPE_CODES:
+        logger.warning("no native kernels for %s: plain torch serves, several times slower", dtype)
+        return None
+    try:
+        library = NativeLibrary()
+    except OSError as error:
+        logger.warning("no native kernels: plain torch serves, several times slower (%s)", error)
+        return None
+    return NativeKernels(library, dtype)

@@ -1,0 +1,293 @@
+/* Linear layers and attention on AMX tiles: bf16 operands, float32 sums. */
+#if defined(__x86_64__)
+typedef unsigned short operand;
+#include "attention.h"
+
+#include <immintrin.h>
+
+enum { TILE_ROWS = 16, TILE_BYTES = 1024 };
+
+/* Tiles 0-3 sums of a 32 x 32 block, 4-5 its rows, 6-7 its columns. `rows` is 1 to 32. */
+INLINE void configure(int64_t rows) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    int64_t upper = min_i64(rows, TILE_ROWS), lower = max_i64(rows - TILE_ROWS, 1);
+    for (int tile = 0; tile < 8; ++tile) {
+        config.row_bytes[tile] = 64;
+        config.rows[tile] = (uint8_t)(tile >= 6 ? TILE_ROWS
+                                      : tile == 2 || tile == 3 || tile == 5 ? lower
+                                                                            : upper);
+    }
+    _tile_loadconfig(&config);
+}
+
+/* c[rows][0..32) = a[rows][0..32 * steps) @ panel; strides in bytes. `configure(rows)` went before.
+ * The sums run in the order of the inner dimension whatever `rows` is. */
+INLINE void tile_block(int64_t rows, const void *a, int64_t a_stride, const char *panel,
+                       int64_t steps, void *c, int64_t c_stride) {
+    const char *upper = a, *lower = upper + TILE_ROWS * a_stride;
+    char *out = c;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (rows <= TILE_ROWS) {
+        for (int64_t step = 0; step < steps; ++step) {
+            _tile_loadd(4, upper, a_stride);
+            _tile_loadd(6, panel, 64);
+            _tile_loadd(7, panel + TILE_BYTES, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            upper += INNER_STEP * 2;
+            panel += PANEL_STEP_BYTES;
+        }
+        _tile_stored(0, out, c_stride);
+        _tile_stored(1, out + 64, c_stride);
+        return;
+    }
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < steps; ++step) {
+        _tile_loadd(4, upper, a_stride);
+        _tile_loadd(6, panel, 64);
+        _tile_loadd(7, panel + TILE_BYTES, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, lower, a_stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        upper += INNER_STEP * 2;
+        lower += INNER_STEP * 2;
+        panel += PANEL_STEP_BYTES;
+    }
+    _tile_stored(0, out, c_stride);
+    _tile_stored(1, out + 64, c_stride);
+    _tile_stored(2, out + TILE_ROWS * c_stride, c_stride);
+    _tile_stored(3, out + TILE_ROWS * c_stride + 64, c_stride);
+}
+
+/* ---- linear */
+
+INLINE void store_block(const linear_job *job, int64_t row, int64_t rows, int64_t feature,
+                        const float *c) {
+    int64_t count = min_i64(job->num_out - feature, PANEL);
+    __mmask32 wanted = count == PANEL ? ~(__mmask32)0 : ((__mmask32)1 << count) - 1;
+    __m512 bias_low = _mm512_setzero_ps(), bias_high = bias_low;
+    if (job->bias) {
+        bias_low = _mm512_maskz_loadu_ps((__mmask16)wanted, job->bias + feature);
+        bias_high = _mm512_maskz_loadu_ps((__mmask16)(wanted >> 16), job->bias + feature + 16);
+    }
+    for (int64_t i = 0; i < rows; ++i, c += PANEL) {
+        __m512 low = _mm512_load_ps(c), high = _mm512_load_ps(c + 16);
+        if (job->bias) {
+            low = _mm512_add_ps(low, bias_low);
+            high = _mm512_add_ps(high, bias_high);
+        }
+        int64_t at = (row + i) * job->out_stride + feature;
+        if (job->out_f32) {
+            float *out = (float *)job->out + at;
+            _mm512_mask_storeu_ps(out, (__mmask16)wanted, low);
+            _mm512_mask_storeu_ps(out + 16, (__mmask16)(wanted >> 16), high);
+        } else {
+            _mm512_mask_storeu_epi16((uint16_t *)job->out + at, wanted,
+                                     (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
+    }
+}
+
+/* Few rows: the weights are read once, straight from memory, some distance ahead of their use. */
+INLINE void linear_few(const linear_job *job, int64_t begin, int64_t end) {
+    enum { AHEAD_BYTES = 8192 };
+    int64_t steps = job->inner / INNER_STEP, panel_bytes = steps * PANEL_STEP_BYTES;
+    const char *last = (const char *)job->packed + end * panel_bytes - AHEAD_BYTES;
+    _Alignas(64) float c[BLOCK_ROWS * PANEL];
+    configure(job->num_rows);
+    for (int64_t item = begin; item < end; ++item) {
+        const char *panel = (const char *)job->packed + item * panel_bytes;
+        const char *x = job->x;
+        _tile_zero(0);
+        _tile_zero(1);
+        for (int64_t step = 0; step < steps; ++step, panel += PANEL_STEP_BYTES) {
+            if (panel <= last)
+                for (int line = 0; line < PANEL_STEP_BYTES; line += 64)
+                    _mm_prefetch(panel + AHEAD_BYTES + line, _MM_HINT_T0);
+            _tile_loadd(4, x + step * INNER_STEP * 2, job->x_stride * 2);
+            _tile_loadd(6, panel, 64);
+            _tile_loadd(7, panel + TILE_BYTES, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_stored(0, c, PANEL * 4);
+        _tile_stored(1, c + 16, PANEL * 4);
+        store_block(job, 0, job->num_rows, item * PANEL, c);
+    }
+    _tile_release();
+}
+
+/* Many rows: a panel stays in the first-level cache while the rows of the range pass by; the next
+ * panel is fetched meanwhile. */
+INLINE void linear_many(const linear_job *job, int64_t begin, int64_t end) {
+    int64_t steps = job->inner / INNER_STEP, panel_bytes = steps * PANEL_STEP_BYTES;
+    _Alignas(64) float c[BLOCK_ROWS * PANEL];
+    for (int64_t item = begin; item < end; ++item) {
+        int64_t range = item / job->num_panels, index = item % job->num_panels;
+        int64_t row = range * job->rows_per_range;
+        int64_t last_row = min_i64(row + job->rows_per_range, job->num_rows);
+        int64_t num_blocks = (last_row - row + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        int64_t lines = (panel_bytes / 64 + num_blocks - 1) / num_blocks;
+        const char *panel = (const char *)job->packed + index * panel_bytes;
+        const char *ahead = panel + panel_bytes * (item + 1 < end ? 1 : job->num_threads);
+        const char *ahead_end = (const char *)job->packed + job->num_panels * panel_bytes;
+        int64_t configured = 0;
+        for (; row < last_row; row += BLOCK_ROWS) {
+            for (int64_t line = 0; line < lines && ahead < ahead_end; ++line, ahead += 64)
+                _mm_prefetch(ahead, _MM_HINT_T1);
+            int64_t rows = min_i64(BLOCK_ROWS, last_row - row);
+            if (rows != configured) configure(configured = rows);
+            tile_block(rows, (const uint16_t *)job->x + row * job->x_stride, job->x_stride * 2,
+                       panel, steps, c, PANEL * 4);
+            store_block(job, row, rows, index * PANEL, c);
+        }
+    }
+    _tile_release();
+}
+
+static void linear_amx(const void *opaque, int64_t begin, int64_t end) {
+    const linear_job *job = opaque;
+    if (job->num_rows <= TILE_ROWS)
+        linear_few(job, begin, end);
+    else
+        linear_many(job, begin, end);
+}
+
+/* ---- attention */
+
+INLINE void pack_query(int dtype, const attention_job *job, const attention_unit *unit,
+                       unit_memory *memory) {
+    (void)dtype;
+    int64_t group = job->num_heads / job->num_kv_heads, dim = job->head_dim;
+    int64_t token = job->query_start[unit->sequence] + unit->first_query;
+    for (int64_t row = 0; row < memory->rows; ++row) {
+        int64_t at = ((token + row / group) * job->num_heads + unit->kv_head * group +
+                      row % group) * dim;
+        operand *to = memory->q + row * memory->padded_dim;
+        memcpy(to, (const operand *)job->q + at, (size_t)dim * 2);
+        if (memory->padded_dim > dim)
+            memset(to + dim, 0, (size_t)(memory->padded_dim - dim) * 2);
+    }
+}
+
+/* 16 x 16 transposition of 32-bit elements, rows to columns. */
+INLINE void transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+INLINE __mmask32 dims_from(const attention_job *job, int64_t i) {
+    int64_t count = job->head_dim - i;
+    return count >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << count) - 1;
+}
+
+/* Keys are the columns of the scores: [key / 32][dim / 32][2 of 16 keys][pair of dims][key]. */
+INLINE void pack_keys(int dtype, const attention_job *job, const attention_unit *unit,
+                      unit_memory *memory, int64_t first, int64_t count) {
+    (void)dtype;
+    int64_t dim = memory->padded_dim;
+    for (int64_t key = 0; key < (count + 31) / 32 * 32; key += 16) {
+        const char *from[16];
+        for (int64_t i = 0; i < 16; ++i)
+            from[i] = key + i < count ? kv_row(job, unit, 0, first + key + i, 2) : NULL;
+        char *panel = (char *)memory->keys + key / PANEL * PANEL * dim * 2;
+        for (int64_t i = 0; i < dim; i += INNER_STEP) {
+            __m512i r[16];
+            for (int row = 0; row < 16; ++row)
+                r[row] = from[row] ? _mm512_maskz_loadu_epi16(dims_from(job, i), from[row] + i * 2)
+                                   : _mm512_setzero_si512();
+            transpose(r);
+            char *to = panel + i / INNER_STEP * PANEL_STEP_BYTES + key % PANEL / 16 * TILE_BYTES;
+            for (int row = 0; row < 16; ++row) _mm512_store_si512(to + row * 64, r[row]);
+        }
+    }
+}
+
+/* Dims are the columns of the product: [dim / 32][key / 32][2 of 16 dims][pair of keys][dim]. */
+INLINE void pack_values(int dtype, const attention_job *job, const attention_unit *unit,
+                        unit_memory *memory, int64_t first, int64_t count) {
+    (void)dtype;
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t key = 0; key < (count + 31) / 32 * 32; key += 2) {
+        const char *even = key < count ? kv_row(job, unit, 1, first + key, 2) : NULL;
+        const char *odd = key + 1 < count ? kv_row(job, unit, 1, first + key + 1, 2) : NULL;
+        char *to = (char *)memory->values + key / 32 * PANEL_STEP_BYTES + key % 32 / 2 * 64;
+        for (int64_t i = 0; i < memory->padded_dim; i += PANEL) {
+            __mmask32 wanted = dims_from(job, i);
+            __m512i a = even ? _mm512_maskz_loadu_epi16(wanted, even + i * 2)
+                             : _mm512_setzero_si512();
+            __m512i b = odd ? _mm512_maskz_loadu_epi16(wanted, odd + i * 2)
+                            : _mm512_setzero_si512();
+            char *pair = to + i * KEY_CHUNK * 2;
+            _mm512_store_si512(pair, _mm512_permutex2var_epi16(a, low, b));
+            _mm512_store_si512(pair + TILE_BYTES, _mm512_permutex2var_epi16(a, high, b));
+        }
+    }
+}
+
+INLINE void multiply_scores(unit_memory *memory, int64_t row, int64_t rows, int64_t first,
+                            int64_t end) {
+    int64_t dim = memory->padded_dim;
+    configure(rows);
+    for (int64_t key = first; key < end; key += PANEL)
+        tile_block(rows, memory->q + row * dim, dim * 2, (const char *)(memory->keys + key * dim),
+                   dim / INNER_STEP, memory->scores + key, SCORE_STRIDE * 4);
+}
+
+INLINE void multiply_values(unit_memory *memory, int64_t row, int64_t rows, int64_t first,
+                            int64_t end) {
+    (void)row;
+    int64_t dim = memory->padded_dim;
+    for (int64_t i = 0; i < dim; i += PANEL)
+        tile_block(rows, memory->weights + first, WEIGHT_STRIDE * 2,
+                   (const char *)(memory->values + i * KEY_CHUNK + first * PANEL),
+                   (end - first) / 32, memory->product + i, dim * 4);
+}
+
+INLINE void finish_unit(void) { _tile_release(); }
+
+static void attend_amx(const void *job, int64_t begin, int64_t end) {
+    attend_units(DTYPE_BF16, (const attention_job *)job, begin, end);
+}
+static void merge_amx(const void *job, int64_t begin, int64_t end) {
+    merge_units(DTYPE_BF16, (const attention_job *)job, begin, end);
+}
+
+void isthmus_fill_amx(kernel_table *table) {
+    table->name = "amx-bf16";
+    table->linear[DTYPE_BF16] = linear_amx;
+    table->attention[DTYPE_BF16] = attend_amx;
+    table->merge[DTYPE_BF16] = merge_amx;
+}
+#endif

@@ -1,0 +1,264 @@
+/* Attention over paged keys and values, chunk of keys by chunk of keys.
+ *
+ * The including file says how its unit multiplies, in these functions and types:
+ *   operand                        element of packed queries and of weights (P)
+ *   pack_query, pack_keys, pack_values
+ *   multiply_scores                scores of a block of rows with keys [first, end) of a chunk
+ *   multiply_values                weights of a block of rows times the values of the chunk
+ *   finish_unit                    called once a unit is done
+ *
+ * Rows of a unit are (query token, head of the group) pairs, so that the heads of a group share
+ * every read of the KV cache.
+ */
+#ifndef ATTENTION_H
+#define ATTENTION_H
+
+#include "vector.h"
+
+#include <assert.h>
+
+enum {
+    BLOCK_ROWS = 32,
+    SCORE_STRIDE = KEY_CHUNK + LANES, /* off a power of two: rows fall into different cache sets */
+    WEIGHT_STRIDE = KEY_CHUNK + 32,
+};
+
+typedef struct {
+    int64_t rows, padded_dim;
+    operand *q;          /* [rows, to a multiple of 32][padded_dim] */
+    operand *keys;       /* packed chunk */
+    operand *values;     /* packed chunk */
+    float *scores;       /* [32][SCORE_STRIDE] */
+    operand *weights;    /* [32][WEIGHT_STRIDE] */
+    float *product;      /* [32][padded_dim] */
+    float *sum;          /* [rows][padded_dim], the merged output so far */
+    float *max, *weight; /* [rows], of the merged output */
+    float *chunk_max, *chunk_weight; /* [32] */
+} unit_memory;
+
+/* Where a chunk's keys lie: the row of one side (0 key, 1 value) of one position. */
+INLINE const char *kv_row(const attention_job *job, const attention_unit *unit, int64_t side,
+                          int64_t position, size_t width) {
+    int64_t block = job->block_table[unit->sequence * job->table_stride +
+                                     position / job->block_size];
+    return (const char *)job->kv +
+           (block * job->block_stride + side * job->side_stride +
+            unit->kv_head * job->head_stride + position % job->block_size * job->head_dim) *
+               (int64_t)width;
+}
+
+INLINE void pack_query(int dtype, const attention_job *job, const attention_unit *unit,
+                       unit_memory *memory);
+INLINE void pack_keys(int dtype, const attention_job *job, const attention_unit *unit,
+                      unit_memory *memory, int64_t first, int64_t count);
+INLINE void pack_values(int dtype, const attention_job *job, const attention_unit *unit,
+                        unit_memory *memory, int64_t first, int64_t count);
+INLINE void multiply_scores(unit_memory *memory, int64_t row, int64_t rows, int64_t first,
+                            int64_t end);
+INLINE void multiply_values(unit_memory *memory, int64_t row, int64_t rows, int64_t first,
+                            int64_t end);
+INLINE void finish_unit(void);
+
+/* Keys of the chunk at `key` that the query at `position` sees: [*first, *end). */
+INLINE void seen_keys(const attention_job *job, int64_t position, int64_t key, int64_t *first,
+                      int64_t *end) {
+    int64_t lowest = job->window ? position - job->window + 1 : 0;
+    *first = max_i64(lowest - key, 0);
+    *end = max_i64(min_i64(position + 1 - key, KEY_CHUNK), 0);
+}
+
+INLINE void store_weights(operand *to, vf v) {
+    if (sizeof(operand) == 4) {
+        memcpy(to, &v, sizeof v);
+    } else {
+        vh h = bf16_from_vf(v);
+        memcpy(to, &h, sizeof h);
+    }
+}
+
+/* Scores of one row to weights 2^(score - max), zero outside [first, end). */
+INLINE void soften_row(const unit_memory *memory, int64_t row, int64_t first, int64_t end,
+                       int64_t block_first, int64_t block_end, float scale) {
+    float *scores = memory->scores + row * SCORE_STRIDE;
+    operand *weights = memory->weights + row * WEIGHT_STRIDE;
+    static const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vf largest = splat(-INFINITY);
+    for (int64_t i = first / LANES * LANES; i < end; i += LANES) {
+        vf v = load_f32(scores + i) * splat(scale);
+        if (i < first || i + LANES > end) {
+            vi at = lane + (int32_t)i;
+            v = select_f32((at >= (int32_t)first) & (at < (int32_t)end), v, splat(-INFINITY));
+        }
+        store_f32(scores + i, v);
+        largest = max_f32(largest, v);
+    }
+    float max = first < end ? max_lanes(largest) : -INFINITY;
+    vf total = {0};
+    for (int64_t i = block_first; i < block_end; i += LANES) {
+        vf v = {0};
+        if (i + LANES > first && i < end) {
+            v = exp2_f32(load_f32(scores + i) - splat(max));
+            total += v;
+        }
+        store_weights(weights + i, v);
+    }
+    memory->chunk_max[row] = max;
+    memory->chunk_weight[row] = sum_lanes(total);
+}
+
+/* Adds one chunk's result of one row to the merged one. Not inlined: each instance could fuse
+ * another one of its multiplications, and a split unit must give the bits of a whole one. */
+static __attribute__((noinline)) void merge_row(float *sum, float *max, float *weight, const float *chunk_sum,
+                      float chunk_max, float chunk_weight, int64_t dim) {
+    if (chunk_max == -INFINITY) return;
+    float new_max = *max > chunk_max ? *max : chunk_max;
+    vf keep = exp2_f32(splat(*max - new_max)), add = exp2_f32(splat(chunk_max - new_max));
+    for (int64_t i = 0; i < dim; i += LANES)
+        store_f32(sum + i, load_f32(sum + i) * keep + load_f32(chunk_sum + i) * add);
+    *weight = *weight * keep[0] + chunk_weight * add[0];
+    *max = new_max;
+}
+
+INLINE void write_row(int dtype, const attention_job *job, const attention_unit *unit, int64_t row,
+                      const float *sum, float weight) {
+    int64_t group = job->num_heads / job->num_kv_heads, dim = job->head_dim;
+    int64_t token = job->query_start[unit->sequence] + unit->first_query + row / group;
+    int64_t at = (token * job->num_heads + unit->kv_head * group + row % group) * dim;
+    vf inverse = splat(1.0f / weight);
+    for (int64_t i = 0; i < dim; i += LANES)
+        store_any(dtype, job->out, at + i, dim - i, load_f32(sum + i) * inverse);
+}
+
+INLINE void attend_block(const attention_job *job, const attention_unit *unit,
+                         unit_memory *memory, int64_t row, int64_t key, int64_t first_position,
+                         int64_t chunk) {
+    int64_t group = job->num_heads / job->num_kv_heads, dim = memory->padded_dim;
+    int64_t rows = min_i64(BLOCK_ROWS, memory->rows - row);
+    int64_t first, end, unused;
+    seen_keys(job, first_position + row / group, key, &first, &unused);
+    seen_keys(job, first_position + (row + rows - 1) / group, key, &unused, &end);
+    first = first / 32 * 32;
+    end = (end + 31) / 32 * 32;
+    if (first >= end) {
+        assert(unit->partial < 0);
+        return;
+    }
+    multiply_scores(memory, row, rows, first, end);
+    for (int64_t i = 0; i < rows; ++i) {
+        int64_t row_first, row_end;
+        seen_keys(job, first_position + (row + i) / group, key, &row_first, &row_end);
+        soften_row(memory, i, row_first, row_end, first, end, job->scale * LOG2_E);
+    }
+    multiply_values(memory, row, rows, first, end);
+    for (int64_t i = 0; i < rows; ++i) {
+        const float *product = memory->product + i * dim;
+        if (unit->partial < 0) {
+            merge_row(memory->sum + (row + i) * dim, memory->max + row + i,
+                      memory->weight + row + i, product, memory->chunk_max[i],
+                      memory->chunk_weight[i], dim);
+        } else { /* [chunk][row][max, weight, padding to 16 lanes, product] */
+            float *partial = job->partials + ((unit->partial + chunk) * memory->rows + row + i) *
+                                                 (dim + LANES);
+            partial[0] = memory->chunk_max[i];
+            partial[1] = memory->chunk_weight[i];
+            memcpy(partial + LANES, product, (size_t)dim * 4);
+        }
+    }
+}
+
+INLINE void attend_unit(int dtype, const attention_job *job, const attention_unit *unit,
+                        unit_memory *memory) {
+    int64_t sequence = unit->sequence;
+    int64_t num_queries = job->query_start[sequence + 1] - job->query_start[sequence];
+    int64_t first_position = job->context_len[sequence] - num_queries + unit->first_query;
+    int64_t end_position = first_position + unit->num_queries;
+    pack_query(dtype, job, unit, memory);
+    for (int64_t row = 0; row < memory->rows; ++row) {
+        memory->max[row] = -INFINITY;
+        memory->weight[row] = 0;
+    }
+    memset(memory->sum, 0, (size_t)(memory->rows * memory->padded_dim) * 4);
+    for (int64_t chunk = unit->first_chunk; chunk < unit->end_chunk; ++chunk) {
+        int64_t key = chunk * KEY_CHUNK;
+        int64_t count = min_i64(end_position - key, KEY_CHUNK);
+        pack_keys(dtype, job, unit, memory, key, count);
+        pack_values(dtype, job, unit, memory, key, count);
+        for (int64_t row = 0; row < memory->rows; row += BLOCK_ROWS)
+            attend_block(job, unit, memory, row, key, first_position, chunk - unit->first_chunk);
+    }
+    if (unit->partial < 0)
+        for (int64_t row = 0; row < memory->rows; ++row)
+            write_row(dtype, job, unit, row, memory->sum + row * memory->padded_dim,
+                      memory->weight[row]);
+    finish_unit();
+}
+
+INLINE void attend_units(int dtype, const attention_job *job, int64_t begin, int64_t end) {
+    int64_t group = job->num_heads / job->num_kv_heads;
+    int64_t dim = (job->head_dim + 31) / 32 * 32;
+    int64_t max_rows = max_i64(group, UNIT_ROWS);
+    max_rows = (max_rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
+    size_t bytes[] = {
+        (size_t)(max_rows * dim) * sizeof(operand),
+        (size_t)(KEY_CHUNK * dim) * sizeof(operand),
+        (size_t)(KEY_CHUNK * dim) * sizeof(operand),
+        BLOCK_ROWS * SCORE_STRIDE * 4,
+        BLOCK_ROWS * WEIGHT_STRIDE * sizeof(operand),
+        (size_t)(BLOCK_ROWS * dim) * 4,
+        (size_t)(max_rows * dim) * 4,
+        (size_t)max_rows * 4,
+        (size_t)max_rows * 4,
+        BLOCK_ROWS * 4,
+        BLOCK_ROWS * 4,
+    };
+    enum { NUM_PARTS = sizeof bytes / sizeof bytes[0] };
+    size_t offset[NUM_PARTS], total = 0;
+    for (int i = 0; i < NUM_PARTS; ++i) {
+        offset[i] = total;
+        total += (bytes[i] + 63) & ~(size_t)63;
+    }
+    char *base = isthmus_scratch(SCRATCH_KERNEL, total);
+    unit_memory memory = {
+        .padded_dim = dim,
+        .q = (operand *)(base + offset[0]),
+        .keys = (operand *)(base + offset[1]),
+        .values = (operand *)(base + offset[2]),
+        .scores = (float *)(base + offset[3]),
+        .weights = (operand *)(base + offset[4]),
+        .product = (float *)(base + offset[5]),
+        .sum = (float *)(base + offset[6]),
+        .max = (float *)(base + offset[7]),
+        .weight = (float *)(base + offset[8]),
+        .chunk_max = (float *)(base + offset[9]),
+        .chunk_weight = (float *)(base + offset[10]),
+    };
+    for (int64_t i = begin; i < end; ++i) {
+        const attention_unit *unit = &job->units[i];
+        memory.rows = unit->num_queries * group;
+        attend_unit(dtype, job, unit, &memory);
+    }
+}
+
+/* Partial results of a split unit into its output, in the order of the chunks. The units given
+ * here span all chunks of their siblings. */
+INLINE void merge_units(int dtype, const attention_job *job, int64_t begin, int64_t end) {
+    int64_t group = job->num_heads / job->num_kv_heads;
+    int64_t dim = (job->head_dim + 31) / 32 * 32;
+    float *sum = isthmus_scratch(SCRATCH_KERNEL, (size_t)dim * 4);
+    for (int64_t i = begin; i < end; ++i) {
+        const attention_unit *unit = &job->units[i];
+        int64_t rows = unit->num_queries * group;
+        for (int64_t row = 0; row < rows; ++row) {
+            float max = -INFINITY, weight = 0;
+            memset(sum, 0, (size_t)dim * 4);
+            for (int64_t chunk = 0; chunk < unit->end_chunk - unit->first_chunk; ++chunk) {
+                const float *partial =
+                    job->partials + ((unit->partial + chunk) * rows + row) * (dim + LANES);
+                merge_row(sum, &max, &weight, partial + LANES, partial[0], partial[1], dim);
+            }
+            write_row(dtype, job, unit, row, sum, weight);
+        }
+    }
+}
+
+#endif

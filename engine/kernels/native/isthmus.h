@@ -1,0 +1,117 @@
+/* What the files of the native library share: work descriptions, the kernel table, the pool.
+ *
+ * Letters as in the Python code: T tokens of a step, D model dim (inner), F output features,
+ * H query heads, G KV heads, A head dim, C slots in a block.
+ */
+#ifndef ISTHMUS_H
+#define ISTHMUS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum dtype { DTYPE_F32 = 0, DTYPE_BF16 = 1 };
+
+/* Output features are packed in panels of 32; bf16 panels hold 32 inner elements a step, as pairs
+ * of neighbours for 16 features, twice: the layout that AMX tiles and VDPBF16PS both read. */
+enum { PANEL = 32, INNER_STEP = 32, PANEL_STEP_BYTES = PANEL * INNER_STEP * 2 };
+
+/* Keys are attended in chunks that start at multiples of this absolute position, each with its own
+ * maximum, merged in order: a token's result then depends neither on how its prompt was cut nor on
+ * what else is in the batch. */
+enum { KEY_CHUNK = 256 };
+
+typedef struct {
+    const void *x;
+    const void *packed;
+    const float *bias; /* or NULL */
+    void *out;
+    int64_t x_stride, out_stride; /* elements */
+    int64_t num_rows, inner, num_out;
+    int64_t rows_per_range, num_panels;
+    int out_f32;
+    int num_threads;
+} linear_job;
+
+typedef struct {
+    const void *x;
+    void *residual; /* or NULL */
+    const void *weight;
+    void *out;
+    int64_t x_stride, out_stride, dim;
+    float eps;
+} norm_job;
+
+typedef struct {
+    const void *gate_up;
+    void *out;
+    int64_t dim;
+} silu_job;
+
+typedef struct {
+    const void *qkv;
+    void *q_out;
+    void *kv;
+    const float *cos, *sin;
+    const void *q_norm, *k_norm; /* or NULL */
+    const int64_t *slot;
+    int64_t qkv_stride;
+    int64_t block_stride, side_stride, head_stride; /* of kv, elements */
+    int64_t num_heads, num_kv_heads, head_dim, block_size;
+    float eps;
+} rope_job;
+
+typedef struct {
+    int32_t sequence, kv_head;
+    int32_t first_query, num_queries; /* within the sequence */
+    int32_t first_chunk, end_chunk;
+    int64_t partial; /* index of the first chunk's partial result, or -1: merge in place */
+} attention_unit;
+
+typedef struct {
+    const void *q;
+    void *out;
+    const void *kv;
+    const int32_t *block_table, *query_start, *context_len;
+    const attention_unit *units;
+    float *partials;
+    int64_t table_stride;
+    int64_t block_stride, side_stride, head_stride;
+    int64_t num_heads, num_kv_heads, head_dim, block_size;
+    int64_t window; /* 0: none */
+    float scale;
+} attention_job;
+
+/* Rows of one attention unit; a unit has at least one token, so at most max(this, H / G) rows. */
+enum { UNIT_ROWS = 192 };
+
+/* Each entry handles items [begin, end) of its job, on any thread. */
+typedef void chunk_fn(const void *job, int64_t begin, int64_t end);
+
+typedef struct {
+    const char *name;
+    chunk_fn *linear[2]; /* by dtype; items are range * num_panels + panel */
+    chunk_fn *rms_norm[2];
+    chunk_fn *silu_mul[2];
+    chunk_fn *rope[2];
+    chunk_fn *attention[2];
+    chunk_fn *merge[2]; /* partial results into the output; items are units */
+} kernel_table;
+
+/* Fill a table from the lowest level up; each overwrites what it does better. */
+void isthmus_fill_portable(kernel_table *table);
+#if defined(__x86_64__)
+void isthmus_fill_avx2(kernel_table *table);
+void isthmus_fill_avx512(kernel_table *table);
+void isthmus_fill_avx512_bf16(kernel_table *table);
+void isthmus_fill_amx(kernel_table *table);
+#endif
+
+/* Runs `fn` over [0, num_items) on at most `num_threads` threads, the caller's included.
+ * Takes are shrinking runs when `guided`, single items otherwise. */
+void isthmus_run(chunk_fn *fn, const void *job, int64_t num_items, int num_threads, int guided);
+
+/* Memory of this thread, kept between calls; slots are independent; contents are undefined. */
+enum { SCRATCH_KERNEL = 0, SCRATCH_CALL = 1, SCRATCH_UNITS = 2, NUM_SCRATCH = 3 };
+void *isthmus_scratch(int slot, size_t bytes);
+
+#endif

@@ -1,0 +1,10 @@
+/* One instruction set's instance of the float32 vector kernels; the build names it with -DLEVEL. */
+#include "attention.c"
+#include "linear.c"
+#include "rows.c"
+
+void NAME(isthmus_fill)(kernel_table *table) {
+    NAME(isthmus_fill_rows)(table);
+    NAME(isthmus_fill_linear)(table);
+    NAME(isthmus_fill_attention)(table);
+}

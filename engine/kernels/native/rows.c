@@ -1,0 +1,122 @@
+/* Norms, activation, rotation: memory-bound work on rows. Compiled once per instruction set; the
+ * `dtype` arguments are constants in each instance, so the branches on them vanish. */
+#include "vector.h"
+
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define NAME(base) PASTE(base, LEVEL)
+
+/* Writes norm(row) * weight; `sum` holds the row in float32 already rounded to dtype. */
+INLINE void norm_row(int dtype, const void *x, int64_t x_at, const void *weight, float eps,
+                     int64_t dim, void *out, int64_t out_at) {
+    vf squares = {0};
+    for (int64_t i = 0; i < dim; i += LANES) {
+        vf v = load_any(dtype, x, x_at + i, dim - i);
+        squares += v * v;
+    }
+    vf scale = splat(1.0f / sqrtf(sum_lanes(squares) / (float)dim + eps));
+    for (int64_t i = 0; i < dim; i += LANES) {
+        vf v = round_any(dtype, load_any(dtype, x, x_at + i, dim - i) * scale);
+        store_any(dtype, out, out_at + i, dim - i, v * load_any(dtype, weight, i, dim - i));
+    }
+}
+
+INLINE void norm_rows(int dtype, const norm_job *job, int64_t begin, int64_t end) {
+    int64_t dim = job->dim;
+    for (int64_t row = begin; row < end; ++row) {
+        const void *x = job->x;
+        int64_t x_at = row * job->x_stride;
+        if (job->residual) {
+            for (int64_t i = 0; i < dim; i += LANES) {
+                vf sum = load_any(dtype, job->residual, row * dim + i, dim - i) +
+                         load_any(dtype, x, x_at + i, dim - i);
+                store_any(dtype, job->residual, row * dim + i, dim - i, sum);
+            }
+            x = job->residual;
+            x_at = row * dim;
+        }
+        norm_row(dtype, x, x_at, job->weight, job->eps, dim, job->out, row * job->out_stride);
+    }
+}
+
+INLINE void silu_rows(int dtype, const silu_job *job, int64_t begin, int64_t end) {
+    int64_t dim = job->dim;
+    for (int64_t row = begin; row < end; ++row) {
+        int64_t at = row * 2 * dim;
+        for (int64_t i = 0; i < dim; i += LANES) {
+            vf gate = load_any(dtype, job->gate_up, at + i, dim - i);
+            vf up = load_any(dtype, job->gate_up, at + dim + i, dim - i);
+            vf silu = gate / (splat(1.0f) + exp2_f32(gate * splat(-LOG2_E)));
+            store_any(dtype, job->out, row * dim + i, dim - i, round_any(dtype, silu) * up);
+        }
+    }
+}
+
+/* Rotates one head; `to` may not overlap `from`. */
+INLINE void rotate_head(int dtype, const void *from, int64_t from_at, const float *cos,
+                        const float *sin, int64_t half, void *to, int64_t to_at) {
+    for (int64_t i = 0; i < half; i += LANES) {
+        int64_t count = half - i;
+        vf low = load_any(dtype, from, from_at + i, count);
+        vf high = load_any(dtype, from, from_at + half + i, count);
+        vf c = load_any(DTYPE_F32, cos, i, count), s = load_any(DTYPE_F32, sin, i, count);
+        store_any(dtype, to, to_at + i, count, low * c - high * s);
+        store_any(dtype, to, to_at + half + i, count, high * c + low * s);
+    }
+}
+
+INLINE void rope_rows(int dtype, const rope_job *job, int64_t begin, int64_t end) {
+    int64_t num_heads = job->num_heads, num_kv_heads = job->num_kv_heads, dim = job->head_dim;
+    int64_t half = dim / 2;
+    size_t width = dtype == DTYPE_F32 ? 4 : 2;
+    char *normed = isthmus_scratch(SCRATCH_KERNEL, (size_t)dim * 4);
+    for (int64_t row = begin; row < end; ++row) {
+        const float *cos = job->cos + row * half, *sin = job->sin + row * half;
+        int64_t block = job->slot[row] / job->block_size, offset = job->slot[row] % job->block_size;
+        for (int64_t head = 0; head < num_heads + num_kv_heads; ++head) {
+            int is_query = head < num_heads;
+            const void *from = job->qkv;
+            int64_t from_at = row * job->qkv_stride + head * dim;
+            const void *norm = is_query ? job->q_norm : job->k_norm;
+            if (norm) {
+                norm_row(dtype, from, from_at, norm, job->eps, dim, normed, 0);
+                from = normed;
+                from_at = 0;
+            }
+            void *to = is_query ? job->q_out : job->kv;
+            int64_t to_at = is_query ? (row * num_heads + head) * dim
+                                     : block * job->block_stride +
+                                           (head - num_heads) * job->head_stride + offset * dim;
+            rotate_head(dtype, from, from_at, cos, sin, half, to, to_at);
+        }
+        for (int64_t head = 0; head < num_kv_heads; ++head) {
+            int64_t from_at = row * job->qkv_stride + (num_heads + num_kv_heads + head) * dim;
+            int64_t to_at = block * job->block_stride + job->side_stride + head * job->head_stride +
+                            offset * dim;
+            memcpy((char *)job->kv + to_at * (int64_t)width,
+                   (const char *)job->qkv + from_at * (int64_t)width, (size_t)dim * width);
+        }
+    }
+}
+
+#define ROW_KERNEL(name, body, type, suffix, dtype)                               \
+    static void name##_##suffix(const void *job, int64_t begin, int64_t end) {    \
+        body(dtype, (const type *)job, begin, end);                               \
+    }
+#define ROW_KERNELS(name, body, type)              \
+    ROW_KERNEL(name, body, type, f32, DTYPE_F32)   \
+    ROW_KERNEL(name, body, type, bf16, DTYPE_BF16)
+
+ROW_KERNELS(rms_norm, norm_rows, norm_job)
+ROW_KERNELS(silu_mul, silu_rows, silu_job)
+ROW_KERNELS(rope, rope_rows, rope_job)
+
+void NAME(isthmus_fill_rows)(kernel_table *table);
+void NAME(isthmus_fill_rows)(kernel_table *table) {
+    table->rms_norm[DTYPE_F32] = rms_norm_f32;
+    table->rms_norm[DTYPE_BF16] = rms_norm_bf16;
+    table->silu_mul[DTYPE_F32] = silu_mul_f32;
+    table->silu_mul[DTYPE_BF16] = silu_mul_bf16;
+    table->rope[DTYPE_F32] = rope_f32;
+    table->rope[DTYPE_BF16] = rope_bf16;
+}

@@ -1,0 +1,133 @@
+/* Sixteen floats at a time in the compiler's vector extension: one source for every CPU.
+ * Included by files that are compiled once per instruction set. */
+#ifndef VECTOR_H
+#define VECTOR_H
+
+#include "isthmus.h"
+
+#include <math.h>
+#include <string.h>
+
+enum { LANES = 16 };
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+/* Inlining keeps vectors out of calls, whose convention depends on the instruction set. */
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf load_f32(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE void store_f32(float *p, vf v) { memcpy(p, &v, sizeof v); }
+INLINE vf splat(float x) { return x - (vf){0}; }
+
+INLINE vf vf_from_bf16(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+
+/* Round to nearest even; NaN stays NaN. */
+INLINE vh bf16_from_vf(vf v) {
+    vu u = (vu)v;
+    vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    vu is_nan = (vu)(v != v);
+    rounded = (rounded & ~is_nan) | (0x7fc0 & is_nan);
+    return __builtin_convertvector(rounded, vh);
+}
+
+INLINE float f32_from_bf16(uint16_t h) {
+    uint32_t u = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+INLINE uint16_t bf16_from_f32(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    if (f != f) return 0x7fc0;
+    return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+/* Sixteen elements of either dtype, the first `count` of them real. */
+INLINE vf load_any(int dtype, const void *base, int64_t index, int64_t count) {
+    if (dtype == DTYPE_F32) {
+        const float *p = (const float *)base + index;
+        if (count >= LANES) return load_f32(p);
+        vf v = {0};
+        memcpy(&v, p, (size_t)count * 4);
+        return v;
+    }
+    vh h = {0};
+    const uint16_t *p = (const uint16_t *)base + index;
+    if (count >= LANES)
+        memcpy(&h, p, sizeof h);
+    else
+        memcpy(&h, p, (size_t)count * 2);
+    return vf_from_bf16(h);
+}
+INLINE void store_any(int dtype, void *base, int64_t index, int64_t count, vf v) {
+    if (count > LANES) count = LANES;
+    if (dtype == DTYPE_F32) {
+        float *p = (float *)base + index;
+        if (count == LANES)
+            memcpy(p, &v, sizeof v);
+        else
+            memcpy(p, &v, (size_t)count * 4);
+        return;
+    }
+    vh h = bf16_from_vf(v);
+    uint16_t *p = (uint16_t *)base + index;
+    if (count == LANES)
+        memcpy(p, &h, sizeof h);
+    else
+        memcpy(p, &h, (size_t)count * 2);
+}
+/* What the value becomes once stored: transformers rounds after each operation. */
+INLINE vf round_any(int dtype, vf v) {
+    return dtype == DTYPE_F32 ? v : vf_from_bf16(bf16_from_vf(v));
+}
+
+INLINE float sum_lanes(vf v) {
+    float s[LANES];
+    memcpy(s, &v, sizeof s);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) s[i] += s[i + width];
+    return s[0];
+}
+INLINE float max_lanes(vf v) {
+    float s[LANES];
+    memcpy(s, &v, sizeof s);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) s[i] = s[i] > s[i + width] ? s[i] : s[i + width];
+    return s[0];
+}
+INLINE vf select_f32(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+INLINE vf max_f32(vf a, vf b) { return select_f32(a > b, a, b); }
+
+/* 2^x within 2 units in the last place; 0 below -126, inf above 128.
+ * Minimax polynomial of 2^f on [-0.5, 0.5]; the integer part goes straight into the exponent. */
+INLINE vf exp2_f32(vf x) {
+    vf clamped = select_f32(x < splat(-126.0f), splat(-126.0f), x);
+    clamped = select_f32(clamped > splat(127.99f), splat(127.99f), clamped);
+    vf shifted = clamped + splat(12582912.0f); /* 1.5 * 2^23: rounds to an integer */
+    vi exponent = (vi)shifted << 23;
+    vf f = clamped - (shifted - splat(12582912.0f));
+    vf p = splat(1.535336188319500e-4f);
+    p = p * f + splat(1.339887440266574e-3f);
+    p = p * f + splat(9.618437357674640e-3f);
+    p = p * f + splat(5.550332471162809e-2f);
+    p = p * f + splat(2.402264791363012e-1f);
+    p = p * f + splat(6.931472028550421e-1f);
+    p = p * f + splat(1.0f);
+    vf y = (vf)((vi)p + exponent);
+    y = select_f32(x < splat(-126.0f), splat(0.0f), y);
+    y = select_f32(x > splat(127.99f), splat(INFINITY), y);
+    return select_f32(x != x, x, y);
+}
+#define LOG2_E 1.44269504088896341f
+
+INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+#endif

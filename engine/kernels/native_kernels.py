@@ -1,0 +1,217 @@
+"""Kernels of the C library, for float32 and bfloat16 on CPU.
+
+A token's result does not depend on what else is in the batch, nor on how its prompt was cut into
+chunks, nor on the number of threads: all sums run in one fixed order.
+
+Shape suffixes: T tokens of this step, D model dim, F output features, H query heads, G KV heads,
+A head dim, P blocks in the pool, J key then value, C slots in a block.
+"""
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from engine.kernels.interface import HeadShape, PackedLinear
+from engine.kernels.native_library import NativeLibrary
+from engine.kernels.weight_memory import WeightMemory
+from engine.kv_cache.batch import StepBatch
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
+NUM_ROWS_FEW = 16
+"""Up to this many rows an operation on rows is over in microseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPanels:
+    """A weight in the library's layout, and the address that calls need."""
+
+    memory: torch.Tensor
+    address: int
+    bias_F: torch.Tensor | None
+    """float32, whatever the weight is."""
+    bias_address: int | None
+
+
+class NativeKernels:
+    """One object serves one engine thread: the step's plan is kept between calls."""
+
+    def __init__(self, library: NativeLibrary, dtype: torch.dtype) -> None:
+        self.name = f"native-{library.level_names()[-1]}"
+        self._library = library
+        self._dtype = dtype
+        self._code = DTYPE_CODES[dtype]
+        self._memory = WeightMemory()
+        self._num_threads = 1
+        self._num_torch_threads = 0
+        self._kv_key: tuple[object, ...] = ()
+        self._kv_shape = (ctypes.c_int64 * 6)()
+
+    def begin_step(self, batch: StepBatch) -> None:
+        self._num_threads = batch.num_threads
+        if batch.num_threads != self._num_torch_threads:
+            self._num_torch_threads = batch.num_threads
+            torch.set_num_threads(batch.num_threads)
+
+    def pack_linear(self, weight_FD: torch.Tensor, bias_F: torch.Tensor | None) -> PackedLinear:
+        num_out, inner = weight_FD.shape
+        weight_FD = weight_FD.detach().to(self._dtype)
+        if weight_FD.stride(1) != 1:
+            weight_FD = weight_FD.contiguous()
+        memory = self._memory.take(self._library.packed_bytes(self._code, num_out, inner))
+        self._library.pack(
+            self._code,
+            *(weight_FD.data_ptr(), weight_FD.stride(0), num_out, inner, memory.data_ptr()),
+        )
+        bias_F = None if bias_F is None else bias_F.detach().float().contiguous()
+        bias_address = None if bias_F is None else bias_F.data_ptr()
+        panels = PackedPanels(memory, memory.data_ptr(), bias_F, bias_address)
+        return PackedLinear(inner, num_out, panels, bias_F)
+
+    def linear(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+        y_TF = torch.empty((x_TD.shape[0], packed.out_features), dtype=self._dtype)
+        self._linear_into(y_TF, 0, x_TD, packed)
+        return y_TF
+
+    def linear_float32(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+        y_TF = torch.empty((x_TD.shape[0], packed.out_features), dtype=torch.float32)
+        self._linear_into(y_TF, 1, x_TD, packed)
+        return y_TF
+
+    def _linear_into(
+        self, y_TF: torch.Tensor, is_float32: int, x_TD: torch.Tensor, packed: PackedLinear
+    ) -> None:
+        panels = packed.weight
+        assert isinstance(panels, PackedPanels)
+        num_rows, inner = x_TD.shape
+        row_stride, stride = x_TD.stride()
+        assert x_TD.dtype is self._dtype, x_TD.dtype
+        assert inner == packed.in_features, (inner, packed.in_features)
+        assert stride == 1, stride
+        self._library.linear(
+            *(self._code, x_TD.data_ptr(), row_stride, panels.address, panels.bias_address),
+            *(y_TF.data_ptr(), is_float32, num_rows, inner, packed.out_features),
+            self._num_threads,
+        )
+
+    def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._norm(x_TD, None, weight_D, eps)
+
+    def add_rms_norm(
+        self, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        assert residual_TD.dtype is self._dtype, residual_TD.dtype
+        assert residual_TD.shape == x_TD.shape, (residual_TD.shape, x_TD.shape)
+        assert residual_TD.is_contiguous()
+        return self._norm(x_TD, residual_TD.data_ptr(), weight_D, eps)
+
+    def _norm(
+        self, x_TD: torch.Tensor, residual: int | None, weight_D: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        num_rows, dim = x_TD.shape
+        row_stride, stride = x_TD.stride()
+        assert x_TD.dtype is self._dtype, x_TD.dtype
+        assert weight_D.dtype is self._dtype, weight_D.dtype
+        assert stride == 1, stride
+        assert weight_D.shape == (dim,), weight_D.shape
+        y_TD = torch.empty((num_rows, dim), dtype=self._dtype)
+        library = self._library
+        call = library.rms_norm_few if num_rows <= NUM_ROWS_FEW else library.rms_norm
+        call(
+            *(self._code, x_TD.data_ptr(), row_stride, residual, weight_D.data_ptr(), eps),
+            *(y_TD.data_ptr(), num_rows, dim, self._num_threads),
+        )
+        return y_TD
+
+    def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
+        num_rows, width = gate_up_TF.shape
+        assert gate_up_TF.dtype is self._dtype, gate_up_TF.dtype
+        assert gate_up_TF.is_contiguous()
+        assert width % 2 == 0, width
+        y_TF = torch.empty((num_rows, width // 2), dtype=self._dtype)
+        library = self._library
+        call = library.silu_mul_few if num_rows <= NUM_ROWS_FEW else library.silu_mul
+        call(
+            *(self._code, gate_up_TF.data_ptr(), y_TF.data_ptr()),
+            *(num_rows, width // 2, self._num_threads),
+        )
+        return y_TF
+
+    def rope_and_store(
+        self,
+        qkv_TF: torch.Tensor,
+        heads: HeadShape,
+        cos_TA: torch.Tensor,
+        sin_TA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+        batch: StepBatch,
+        *,
+        q_norm_A: torch.Tensor | None = None,
+        k_norm_A: torch.Tensor | None = None,
+        norm_eps: float = 0.0,
+    ) -> torch.Tensor:
+        num_rows, width = qkv_TF.shape
+        row_stride, stride = qkv_TF.stride()
+        half = heads.head_dim // 2
+        assert qkv_TF.dtype is self._dtype, qkv_TF.dtype
+        assert stride == 1, stride
+        assert width == (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, width
+        assert kv_PJGCA.shape[2::2] == (heads.num_kv_heads, heads.head_dim), kv_PJGCA.shape
+        assert cos_TA.dtype is sin_TA.dtype is torch.float32
+        assert cos_TA.shape == sin_TA.shape == (num_rows, half), cos_TA.shape
+        assert cos_TA.is_contiguous()
+        assert sin_TA.is_contiguous()
+        assert batch.slot_T.shape == (num_rows,), batch.slot_T.shape
+        kv_shape = self._shape_of(kv_PJGCA)
+        q_THA = torch.empty((num_rows, heads.num_heads, heads.head_dim), dtype=self._dtype)
+        library = self._library
+        call = library.rope_few if num_rows <= NUM_ROWS_FEW else library.rope
+        call(
+            *(self._code, qkv_TF.data_ptr(), row_stride, cos_TA.data_ptr(), sin_TA.data_ptr()),
+            *(self._norm_address(q_norm_A, heads), self._norm_address(k_norm_A, heads), norm_eps),
+            *(batch.slot_T.data_ptr(), kv_PJGCA.data_ptr(), kv_shape),
+            *(heads.num_heads, q_THA.data_ptr(), num_rows, self._num_threads),
+        )
+        return q_THA
+
+    def attention(
+        self,
+        q_THA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+        batch: StepBatch,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        assert q_THA.dtype is self._dtype, q_THA.dtype
+        assert q_THA.is_contiguous()
+        assert q_THA.shape[2] == kv_PJGCA.shape[4], (q_THA.shape, kv_PJGCA.shape)
+        assert q_THA.shape[1] % kv_PJGCA.shape[2] == 0, (q_THA.shape, kv_PJGCA.shape)
+        kv_shape = self._shape_of(kv_PJGCA)
+        o_THA = torch.empty_like(q_THA)
+        table_BW = batch.block_table_BW
+        self._library.attention(
+            *(self._code, q_THA.data_ptr(), o_THA.data_ptr(), kv_PJGCA.data_ptr(), kv_shape),
+            *(q_THA.shape[1], table_BW.data_ptr(), table_BW.stride(0)),
+            *(batch.query_start_B1.data_ptr(), batch.context_len_B.data_ptr()),
+            *(len(batch.query_lens), window or 0, scale, self._num_threads),
+        )
+        return o_THA
+
+    def _norm_address(self, norm_A: torch.Tensor | None, heads: HeadShape) -> int | None:
+        if norm_A is None:
+            return None
+        assert norm_A.dtype is self._dtype, norm_A.dtype
+        assert norm_A.shape == (heads.head_dim,), norm_A.shape
+        return norm_A.data_ptr()
+
+    def _shape_of(self, kv_PJGCA: torch.Tensor) -> "ctypes.Array[ctypes.c_int64]":
+        """Sizes and strides as the library wants them; the same array for all layers of a pool."""
+        strides = kv_PJGCA.stride()
+        key = (*kv_PJGCA.shape[2:], *strides)
+        if key != self._kv_key:
+            assert kv_PJGCA.dtype is self._dtype, kv_PJGCA.dtype
+            assert strides[3:] == (kv_PJGCA.shape[4], 1), strides
+            self._kv_key = key
+            self._kv_shape = (ctypes.c_int64 * 6)(*key[:6])
+        return self._kv_shape
