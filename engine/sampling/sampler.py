@@ -38,6 +38,7 @@ class _RawLogprobs:
     top_ids_BN: torch.Tensor
 
 
+@torch.inference_mode()
 def sample(logits_BV: torch.Tensor, rows: Sequence[SampleRow]) -> list[DrawnToken]:
     """Draw one token for each row; a row's token does not depend on the others.
 
