@@ -76,7 +76,7 @@ def up(
 ) -> None:
     """Start a whole mesh on this machine and keep it up until Ctrl-C."""
     from deploy import up as command
-    from deploy.launcher.mesh import MeshConfig
+    from deploy.launcher.mesh_config import MeshConfig
 
     path = command.located_model(model, os.environ)
     config = MeshConfig(
@@ -104,7 +104,7 @@ def demo(
 ) -> None:
     """Start a mesh with the demo model, ask it one question and show where the time went."""
     from deploy import demo as command
-    from deploy.launcher.mesh import MeshConfig
+    from deploy.launcher.mesh_config import MeshConfig
     from deploy.up import located_model
 
     path = located_model("demo", os.environ)
@@ -144,6 +144,14 @@ def doctor() -> None:
     from deploy import doctor as command
 
     _finish(command.doctor(os.environ))
+
+
+@app.command()
+def health(address: Annotated[str, typer.Argument(help="host:port of a gRPC server.")]) -> None:
+    """Ask one server of the mesh whether it serves; status 0 if so."""
+    from deploy import health as command
+
+    _finish(command.health(address))
 
 
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -5,7 +5,8 @@ import sys
 
 from deploy.answer import open_channel, split_line, stream_answer
 from deploy.launcher.interrupts import interruptible
-from deploy.launcher.mesh import Mesh, MeshConfig
+from deploy.launcher.mesh import Mesh
+from deploy.launcher.mesh_config import MeshConfig
 from deploy.progress import console
 from deploy.up import visible_mesh
 from protos.isthmus.v1 import sampling_pb2

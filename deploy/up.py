@@ -6,7 +6,8 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 from deploy.launcher.interrupts import interruptible
-from deploy.launcher.mesh import Mesh, MeshConfig, running_mesh
+from deploy.launcher.mesh import Mesh, running_mesh
+from deploy.launcher.mesh_config import MeshConfig
 from deploy.progress import byte_progress, console, show_launcher_log, start_progress
 
 

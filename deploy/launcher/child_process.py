@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _READY_POLL_S = 0.02
 _NUM_KEPT_LINES = 40
+_ERROR_PREFIX = "error: "
 
 
 class StartError(IsthmusError):
@@ -217,7 +218,15 @@ class ChildProcess:
             reason = f"{name} could not start: it {describe_exit(process.returncode)}"
         self._kill_session(process)
         await process.wait()
-        return StartError(f"{reason}\n{await self._last_words()}".rstrip())
+        last_words = await self._last_words()
+        if told := self._told_error():
+            return StartError(f"{name} could not start: {told}")
+        return StartError(f"{reason}\n{last_words}".rstrip())
+
+    def _told_error(self) -> str:
+        """The line in which a service says why it ends (mesh.process.report_failure)."""
+        lines = [line for line in self._last_lines if line.startswith(_ERROR_PREFIX)]
+        return lines[-1].removeprefix(_ERROR_PREFIX) if lines else ""
 
     async def _last_words(self) -> str:
         await self._finish_output()

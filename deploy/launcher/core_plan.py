@@ -1,13 +1,20 @@
-"""How the processes of one host share its cores. The rule: docs/decisions/0003-core-sharing.md."""
+"""Which cores the workers of one host get, and what keeps their threads within them.
+
+The rule of sharing is in `engine.runtime.core_share` and docs/decisions/0003-core-sharing.md.
+"""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
+
+_NUM_KNOWN_CORES = 64
 
 
 def usable_cores() -> tuple[int, ...]:
-    """Cores that this process may run on, cut to the CPU quota of its cgroup where it has one."""
-    cores = tuple(sorted(os.sched_getaffinity(0)))
+    """Cores that this process may run on, cut to the CPU quota of its cgroup where it has one.
+
+    The shared flags know cores 0 to 63; what a larger host has beyond them is left alone.
+    """
+    cores = tuple(core for core in sorted(os.sched_getaffinity(0)) if core < _NUM_KNOWN_CORES)
     quota = _cgroup_quota(Path("/sys/fs/cgroup/cpu.max"))
     return cores if quota is None else cores[: max(1, int(quota))]
 
@@ -19,25 +26,6 @@ def _cgroup_quota(cpu_max: Path) -> float | None:
         return None if limit == "max" else float(limit) / float(period)
     except (OSError, ValueError):
         return None
-
-
-def plan_home_cores(cores: Sequence[int], num_workers: int) -> list[tuple[int, ...]]:
-    """Split the cores evenly, at least one each; with more workers than cores, some share one.
-
-    The first workers get the remainder: the prefill workers come first, and prefill is the phase
-    that more cores make faster.
-    """
-    if not cores:
-        raise ValueError("a host has at least one core, got none")
-    if num_workers > len(cores):
-        return [(cores[index % len(cores)],) for index in range(num_workers)]
-    share, remainder = divmod(len(cores), num_workers)
-    homes, start = [], 0
-    for index in range(num_workers):
-        stop = start + share + (index < remainder)
-        homes.append(tuple(cores[start:stop]))
-        start = stop
-    return homes
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:

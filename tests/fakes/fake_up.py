@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from deploy import up
-from deploy.launcher.mesh import MeshConfig
+from deploy.launcher.mesh_config import MeshConfig
 from engine.errors import IsthmusError
 
 SERVICE = str(Path(__file__).with_name("mesh_service.py"))

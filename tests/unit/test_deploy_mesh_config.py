@@ -5,7 +5,7 @@ import pytest
 
 from deploy.launcher.child_process import Backoff, describe_exit
 from deploy.launcher.free_port import check_port
-from deploy.launcher.mesh import MeshConfig
+from deploy.launcher.mesh_config import MeshConfig
 from deploy.launcher.ready_file import (
     ProcessState,
     read_ready_file,

@@ -1,0 +1,204 @@
+{{- define "isthmus.fullname" -}}
+{{- if contains "isthmus" .Release.Name -}}
+{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-isthmus" .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "isthmus.selector" -}}
+app.kubernetes.io/name: isthmus
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end -}}
+
+{{- define "isthmus.labels" -}}
+{{ include "isthmus.selector" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end -}}
+
+{{- define "isthmus.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+seccompProfile:
+  type: RuntimeDefault
+{{- end -}}
+
+{{- define "isthmus.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
+{{- define "isthmus.redisEnv" -}}
+- name: REDIS_URL
+{{- if .Values.redis.enabled }}
+  value: {{ printf "redis://%s-redis:6379/0" (include "isthmus.fullname" .) }}
+{{- else if .Values.redis.existingSecret }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ required "redis.existingSecret.name" .Values.redis.existingSecret.name }}
+      key: {{ required "redis.existingSecret.key" .Values.redis.existingSecret.key }}
+{{- else }}
+  value: {{ required "redis.enabled is false: set redis.url or redis.existingSecret" .Values.redis.url | quote }}
+{{- end }}
+{{- end -}}
+
+{{/* A gRPC health probe of the server on port 50051. */}}
+{{- define "isthmus.probes" -}}
+startupProbe:
+  grpc: {port: 50051}
+  periodSeconds: 2
+  timeoutSeconds: 2
+  failureThreshold: 300
+readinessProbe:
+  grpc: {port: 50051}
+  periodSeconds: 5
+  timeoutSeconds: 2
+  failureThreshold: 2
+livenessProbe:
+  grpc: {port: 50051}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 6
+{{- end -}}
+
+{{/* Pod template of one role. Arguments: root, component, pool (its values), args, ports. */}}
+{{- define "isthmus.pod" -}}
+{{- $values := .root.Values -}}
+metadata:
+  labels:
+    {{- include "isthmus.labels" . | nindent 4 }}
+  annotations:
+    prometheus.io/scrape: "true"
+    prometheus.io/port: {{ .metricsPort | quote }}
+spec:
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  {{- with $values.imagePullSecrets }}
+  imagePullSecrets: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  terminationGracePeriodSeconds: {{ add .pool.drainSeconds .pool.preStopSeconds 10 }}
+  securityContext:
+    {{- include "isthmus.podSecurity" . | nindent 4 }}
+  containers:
+    - name: {{ .component }}
+      image: {{ printf "%s:%s" $values.image.repository ($values.image.tag | default .root.Chart.AppVersion) | quote }}
+      imagePullPolicy: {{ $values.image.pullPolicy }}
+      args:
+        {{- toYaml (concat .args .pool.extraArgs) | nindent 8 }}
+      env:
+        - name: POD_IP
+          valueFrom:
+            fieldRef: {fieldPath: status.podIP}
+        - name: OMP_NUM_THREADS
+          valueFrom:
+            resourceFieldRef: {containerName: {{ .component }}, resource: limits.cpu}
+        {{- include "isthmus.redisEnv" .root | nindent 8 }}
+        {{- with $values.telemetry.otlpEndpoint }}
+        - name: ISTHMUS_TELEMETRY__OTLP_ENDPOINT
+          value: {{ . | quote }}
+        {{- end }}
+        {{- with $values.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      ports:
+        {{- range $name, $port := .ports }}
+        - name: {{ $name }}
+          containerPort: {{ $port }}
+        {{- end }}
+      {{- include "isthmus.probes" . | nindent 6 }}
+      lifecycle:
+        preStop:
+          sleep: {seconds: {{ .pool.preStopSeconds }}}
+      resources:
+        {{- toYaml .pool.resources | nindent 8 }}
+      securityContext:
+        {{- include "isthmus.containerSecurity" . | nindent 8 }}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        - {name: cache, mountPath: /cache}
+        {{- if $values.model.volume }}
+        - {name: models, mountPath: /models, readOnly: true}
+        {{- end }}
+  volumes:
+    - name: tmp
+      emptyDir: {}
+    - name: cache
+      {{- toYaml $values.cache.volume | nindent 6 }}
+    {{- with $values.model.volume }}
+    - name: models
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+  {{- with .pool.nodeSelector }}
+  nodeSelector: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .pool.tolerations }}
+  tolerations: {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .pool.affinity }}
+  affinity: {{- toYaml . | nindent 4 }}
+  {{- end }}
+{{- end -}}
+
+{{/* Deployment, autoscaler and disruption budget of one role; arguments as for isthmus.pod. */}}
+{{- define "isthmus.pool" -}}
+{{- $name := printf "%s-%s" (include "isthmus.fullname" .root) .component -}}
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: {{ $name }}
+  labels:
+    {{- include "isthmus.labels" . | nindent 4 }}
+spec:
+  {{- if not .pool.autoscaling.enabled }}
+  replicas: {{ .pool.replicas }}
+  {{- end }}
+  strategy:
+    rollingUpdate: {maxUnavailable: 0, maxSurge: 1}
+  selector:
+    matchLabels:
+      {{- include "isthmus.selector" . | nindent 6 }}
+  template:
+    {{- include "isthmus.pod" . | nindent 4 }}
+{{- if .pool.autoscaling.enabled }}
+---
+apiVersion: autoscaling/v2
+kind: HorizontalPodAutoscaler
+metadata:
+  name: {{ $name }}
+  labels:
+    {{- include "isthmus.labels" . | nindent 4 }}
+spec:
+  scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: {{ $name }}}
+  minReplicas: {{ .pool.autoscaling.minReplicas }}
+  maxReplicas: {{ .pool.autoscaling.maxReplicas }}
+  metrics:
+    - type: Resource
+      resource:
+        name: cpu
+        target: {type: Utilization, averageUtilization: {{ .pool.autoscaling.targetCpuPercent }}}
+    {{- with .pool.autoscaling.metrics }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end }}
+{{- if .root.Values.podDisruptionBudget.enabled }}
+---
+apiVersion: policy/v1
+kind: PodDisruptionBudget
+metadata:
+  name: {{ $name }}
+  labels:
+    {{- include "isthmus.labels" . | nindent 4 }}
+spec:
+  maxUnavailable: {{ .root.Values.podDisruptionBudget.maxUnavailable }}
+  selector:
+    matchLabels:
+      {{- include "isthmus.selector" . | nindent 6 }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,18 @@
+{{/* One pool of workers: they find the mesh through Redis, so no Service stands before them. */}}
+{{- define "isthmus.worker" -}}
+{{- $args := list
+  (printf "%s-worker" .role)
+  (printf "--model=%s" .root.Values.model.id)
+  "--redis-url=$(REDIS_URL)"
+  "--host=0.0.0.0"
+  "--port=50051"
+  "--advertise-address=$(POD_IP):50051"
+  "--metrics-port=9100"
+  (printf "--dtype=%s" .root.Values.model.dtype)
+  (printf "--device=%s" .root.Values.model.device)
+-}}
+{{ include "isthmus.pool" (dict
+  "root" .root "component" .role "pool" .pool "args" $args
+  "ports" (dict "grpc" 50051 "metrics" 9100) "metricsPort" 9100
+) }}
+{{- end -}}

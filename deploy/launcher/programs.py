@@ -1,0 +1,132 @@
+"""The command line and environment of each process of a mesh on one machine."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.launcher import redis_server
+from deploy.launcher.child_process import ChildSpec, StartError, ready_file_written
+from deploy.launcher.core_plan import thread_environment, usable_cores
+from deploy.launcher.mesh_config import MeshConfig
+from deploy.launcher.ready_file import ReadyRecord
+from engine.runtime.core_share import split_cores
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeshPlace:
+    """Where the processes of one mesh meet."""
+
+    config: MeshConfig
+    run_dir: Path
+    redis_url: str
+    core_share_fd: int
+
+
+def redis_spec(place: MeshPlace) -> ChildSpec:
+    """The private Redis.
+
+    Raises:
+        StartError: this machine has no server binary.
+    """
+    binary = redis_server.find_redis_server()
+    if binary is None:
+        raise StartError(
+            "no redis-server was found: install Debian's package redis-server, or name a running"
+            " one with --redis-url"
+        )
+
+    async def answers(pid: int) -> ReadyRecord:
+        await redis_server.wait_until_answering(place.run_dir)
+        return ReadyRecord(role="redis", pid=pid, addresses={"redis": place.redis_url})
+
+    return ChildSpec(
+        name="redis",
+        role="redis",
+        command=lambda _: redis_server.redis_command(binary, place.run_dir),
+        environment=dict(os.environ),
+        wait_ready=answers,
+        ready_timeout_s=10.0,
+        drain_s=place.config.drain_s,
+    )
+
+
+def worker_specs(place: MeshPlace) -> list[ChildSpec]:
+    """Prefill workers, then decode workers, each with its home cores."""
+    config = place.config
+    homes = split_cores(usable_cores(), len(config.worker_names))
+    specs = []
+    for slot, (name, home) in enumerate(zip(config.worker_names, homes, strict=True)):
+        flags = (
+            *("--host", HOST, "--port", "0", "--dtype", config.dtype, "--device", config.device),
+            *("--home-cores", ",".join(map(str, home))),
+            *("--core-share-fd", str(place.core_share_fd), "--core-share-slot", str(slot)),
+        )
+        specs.append(
+            _service_spec(
+                place,
+                name=name,
+                role=name.partition("-")[0],
+                flags=_always(flags),
+                environment=thread_environment(len(home)),
+                inherited_fds=(place.core_share_fd,),
+            )
+        )
+    return specs
+
+
+def gateway_spec(place: MeshPlace) -> ChildSpec:
+    """The gateway; started again, it listens on the ports that clients know."""
+    config = place.config
+
+    def flags(ready: ReadyRecord | None) -> Sequence[str]:
+        http, grpc = str(config.http_port), str(config.grpc_port)
+        if ready is not None:
+            http, grpc = (ready.addresses[kind].rpartition(":")[2] for kind in ("http", "grpc"))
+        return ("--host", HOST, "--http-port", http, "--grpc-port", grpc)
+
+    return _service_spec(
+        place,
+        name="gateway",
+        role="gateway",
+        flags=flags,
+        environment=thread_environment(1),
+        inherited_fds=(),
+    )
+
+
+def _always(flags: Sequence[str]) -> Callable[[ReadyRecord | None], Sequence[str]]:
+    return lambda _: flags
+
+
+def _service_spec(
+    place: MeshPlace,
+    *,
+    name: str,
+    role: str,
+    flags: Callable[[ReadyRecord | None], Sequence[str]],
+    environment: Mapping[str, str],
+    inherited_fds: tuple[int, ...],
+) -> ChildSpec:
+    config, ready_file = place.config, place.run_dir / f"{name}.json"
+
+    def command(ready: ReadyRecord | None) -> Sequence[str]:
+        common = ("--model", config.model, "--redis-url", place.redis_url)
+        return (
+            *(sys.executable, *config.programs[role], *common),
+            *("--ready-file", str(ready_file), *flags(ready)),
+        )
+
+    return ChildSpec(
+        name=name,
+        role=role,
+        command=command,
+        environment={**os.environ, **environment},
+        inherited_fds=inherited_fds,
+        wait_ready=lambda pid: ready_file_written(ready_file, pid),
+        ready_timeout_s=config.ready_timeout_s,
+        drain_s=config.drain_s,
+    )
