@@ -23,6 +23,9 @@ HEAD = (
     "errors",
 )
 
+NOISE_CORES = 0.2
+"""More than this in use before a load begins is said below the table."""
+
 
 def serving_table(rows: Sequence[Row], *, is_markdown: bool = False) -> str:
     """One line for each phase and target, targets side by side."""
@@ -39,8 +42,9 @@ def serving_table(rows: Sequence[Row], *, is_markdown: bool = False) -> str:
 
 
 def serving_report(outcome: Outcome, *, is_markdown: bool = False) -> str:
-    """Where it ran, the table, the verdicts and the errors by text."""
+    """Where it ran, the table, the verdicts, and what spoils them: noise and errors."""
     machine = outcome.machine
+    noise = {(row.load, row.target): row.busy_cores_before for row in outcome.rows}
     bullet = "* " if is_markdown else ""
     blocks = [
         f"{machine.cpu}, {machine.num_cores} cores; {outcome.started_at}; seed {outcome.seed}"
@@ -48,6 +52,11 @@ def serving_report(outcome: Outcome, *, is_markdown: bool = False) -> str:
         "\n".join(f"{bullet}{name}: {words}" for name, words in outcome.loads.items()),
         serving_table(outcome.rows, is_markdown=is_markdown),
         "\n".join(f"{bullet}{verdict}" for verdict in outcome.verdicts),
+        "\n".join(
+            f"{bullet}noise: {cores:.1f} cores were busy before {load} on {target}"
+            for (load, target), cores in noise.items()
+            if cores > NOISE_CORES
+        ),
         "\n".join(
             f"{bullet}{row.target}, {row.phase}: {count} times {error}"
             for row in outcome.rows

@@ -11,7 +11,7 @@ server's prefix cache from knowing them.
 """
 
 import argparse
-import os
+import asyncio
 import secrets
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,6 +19,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 import uvloop
 
 from benchmarks.load.driver import Driver, Run
@@ -33,6 +34,8 @@ from benchmarks.report import serving_report
 from engine.errors import IsthmusError
 
 MESH_NAME = "mesh"
+SETTLE_S = 0.5
+SAMPLE_S = 1.0
 Say = Callable[[str], None]
 
 
@@ -49,19 +52,20 @@ async def measure(
     rows: list[Row] = []
     for load in loads:
         runs: dict[str, list[Run]] = {target.name: [] for target in targets}
-        load_averages: dict[str, float] = {}
+        busy_cores: dict[str, float] = {target.name: 0.0 for target in targets}
         for repeat in range(num_repeats):
             for target in targets if repeat % 2 == 0 else reversed(targets):
                 say(f"{load.name} on {target.name} ({repeat + 1} of {num_repeats}): {load}")
-                load_averages.setdefault(target.name, os.getloadavg()[0])
+                noise = await _busy_cores()
+                busy_cores[target.name] = max(busy_cores[target.name], noise)
                 run = await Driver(target, tokens).play(load, seed=seed + repeat)
                 runs[target.name].append(run)
         for target in targets:
-            rows += _rows(load, target, runs[target.name], load_averages[target.name])
+            rows += _rows(load, target, runs[target.name], busy_cores[target.name])
     return rows
 
 
-def _rows(load: Load, target: Target, runs: Sequence[Run], load_average: float) -> list[Row]:
+def _rows(load: Load, target: Target, runs: Sequence[Run], busy_cores: float) -> list[Row]:
     num_tokens = sum(
         answer.num_tokens
         for run in runs
@@ -80,10 +84,18 @@ def _rows(load: Load, target: Target, runs: Sequence[Run], load_average: float) 
             client_cpu_us_per_token=sum(run.client_cpu_s for run in runs)
             / max(1, num_tokens)
             * 1e6,
-            load_average_before=load_average,
+            busy_cores_before=busy_cores,
         )
         for phase in runs[0].windows
     ]
+
+
+async def _busy_cores() -> float:
+    """Cores that this machine keeps busy while no load of ours is running."""
+    await asyncio.sleep(SETTLE_S)
+    psutil.cpu_percent()
+    await asyncio.sleep(SAMPLE_S)
+    return psutil.cpu_percent() / 100 * (psutil.cpu_count() or 1)
 
 
 @asynccontextmanager

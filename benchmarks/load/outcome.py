@@ -41,8 +41,9 @@ class Row:
     tokens_per_s_by_repeat: tuple[float, ...]
     client_cpu_us_per_token: float
     """Of the whole load, not only this phase: what the measuring took from the servers' cores."""
-    load_average_before: float
-    """Of the machine over one minute, at the start; the target just measured is part of it."""
+    busy_cores_before: float
+    """Cores in use just before the load began, the most of any repeat: others' work, or a peer
+    that spins while idle. What is not near 0 is noise in the figures."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -208,12 +208,17 @@ def closed_prompts(fake: FakeServer) -> list[list[int]]:
     return sorted(body["prompt"] for body in fake.seen if len(body["prompt"]) == 5)
 
 
+async def half_a_core() -> float:
+    return 0.5
+
+
 async def test_a_run_compares_targets_and_its_file_can_be_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         serving, "standard_loads", lambda *, is_quick: {"closed": CLOSED, "mixed": MIXED}
     )
+    monkeypatch.setattr(serving, "_busy_cores", half_a_core)
     async with serving_fake(FakeServer()) as mesh, serving_fake(FakeServer()) as vllm:
         options = serving.parsed(
             ["--target", f"mesh={mesh.url}", "--target", f"vllm={vllm.url}", "--repeat", "2"]
@@ -229,4 +234,5 @@ async def test_a_run_compares_targets_and_its_file_can_be_reported(
     assert report.main([str(file)]) == 0
     printed = capsys.readouterr().out
     assert "| mixed disturbed | vllm |" in printed
+    assert "noise: 0.5 cores were busy before mixed on mesh" in printed
     assert "mesh: closed: output tokens/s as a share of vllm's >= 1" in printed

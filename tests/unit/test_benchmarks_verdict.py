@@ -23,7 +23,7 @@ def row(target: str, phase: str, *, tokens_per_s: float = 100.0, p99_ms: float =
         figures=figures,
         tokens_per_s_by_repeat=(tokens_per_s,),
         client_cpu_us_per_token=1.0,
-        load_average_before=0.0,
+        busy_cores_before=0.0,
     )
 
 
