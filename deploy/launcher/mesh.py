@@ -116,7 +116,6 @@ def _new_mesh(
     place: programs.MeshPlace, events: MeshEvents
 ) -> tuple[Mesh, list[list[ChildProcess]]]:
     """The mesh, and its processes in the order in which they start; they stop in the reverse."""
-
     given = place.config.state_file
     state_files = [place.run_dir / STATE_FILE, *([] if given is None else [given])]
     mesh = Mesh(place.config, place.redis_url, state_files)
