@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 
 CHAT_TEMPLATE = (
@@ -100,16 +102,107 @@ def write_tokenizer(path: Path, *, chat_template: str | None = CHAT_TEMPLATE) ->
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def write_gguf(directory: Path, gguf_path: Path, quantization: str = "F32") -> Path:
+    """Convert a directory of `tiny_checkpoint` as llama.cpp's converter does; matrices quantised.
+
+    `quantization` is a name of gguf.GGMLQuantizationType. The K formats have no quantiser in
+    Python: their matrices get random blocks instead, so read the weights back from the file.
+    """
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory)
+    kind = gguf.GGMLQuantizationType[quantization]
+    arch = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(gguf_path, arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if getattr(config, "sliding_window", None) is not None:
+        writer.add_sliding_window(config.sliding_window)
+    _add_tokenizer(writer, directory)
+    arch_of_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(arch_of_name[arch], config.num_hidden_layers)
+    for name, tensor in sorted(load_file(directory / "model.safetensors").items()):
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        is_interleaved = arch == "llama" and (".q_proj." in name or ".k_proj." in name)
+        rows = _interleaved(tensor, config.head_dim) if is_interleaved else tensor
+        data = rows.float().numpy()
+        if data.ndim == 1:
+            writer.add_tensor(gguf_name, data)
+        else:
+            writer.add_tensor(gguf_name, _quantized(data, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return gguf_path
+
+
+def _interleaved(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """llama.cpp's order: (i, i + A / 2) of a head stand beside each other."""
+    heads = rows.unflatten(0, (-1, 2, head_dim // 2))
+    interleaved: torch.Tensor = heads.transpose(1, 2).reshape(rows.shape)
+    return interleaved
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, directory: Path) -> None:
+    model = json.loads((directory / "tokenizer.json").read_text())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    merges = [" ".join(pair) for pair in model["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in SPECIAL_TOKENS else 1 for token in tokens])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _quantized(data: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    if kind == gguf.GGMLQuantizationType.F32:
+        return data
+    if kind == gguf.GGMLQuantizationType.F16:
+        return data.astype(np.float16)
+    try:
+        return gguf.quants.quantize(data, kind)
+    except NotImplementedError:
+        return _random_blocks(data.shape, kind)
+
+
+def _random_blocks(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Any bytes are a valid block of a K format, once its float16 scales are small and finite."""
+    scales_at = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q2_K": (80, 82), "Q3_K": (108,)}
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    num_blocks = shape[0] * shape[1] // block_size
+    random = np.random.default_rng(shape[0] * 7919 + shape[1])
+    blocks = random.integers(0, 256, (num_blocks, block_bytes), np.uint8)
+    for offset in scales_at[kind.name]:
+        scales = random.uniform(1e-5, 1e-4, num_blocks).astype(np.float16)
+        blocks[:, offset : offset + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(shape[0], -1)
+
+
 def export_hf(gguf_path: Path, out_dir: Path) -> Path:
     """Write the weights and config of a GGUF file as a float32 directory that transformers loads.
 
     The tokenizer is not written: `gateway` builds it from the same GGUF metadata.
     """
-    from engine.weights.source import open_weights
     from safetensors.torch import save_file
 
     from engine.checkpoint.gguf_file import GgufFile
     from engine.checkpoint.read import read_config
+    from engine.weights.source import open_weights
 
     config = read_config(gguf_path)
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ SUPPORTED_ARCHITECTURES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-_MAX_DIM = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,8 +77,8 @@ class ModelConfig:
             "head_dim",
             "max_context_tokens",
         ):
-            if not 1 <= getattr(self, name) <= _MAX_DIM:
-                raise CheckpointError(f"{name} must be in [1, 2^24], got {getattr(self, name)}")
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads "
@@ -89,6 +88,8 @@ class ModelConfig:
             raise CheckpointError(f"head_dim must be even, got {self.head_dim}")
         if len(self.windows) != self.num_layers:
             raise CheckpointError(f"{len(self.windows)} windows for {self.num_layers} layers")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise CheckpointError(f"sliding_window must be positive, got {self.windows}")
 
     @property
     def rope_length_threshold_tokens(self) -> int | None:

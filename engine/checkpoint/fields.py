@@ -6,6 +6,8 @@ from pathlib import Path
 
 from engine.errors import CheckpointError
 
+_MAX_SIZE = 1 << 24
+
 
 class Fields:
     """A JSON object whose fields are read with their type checked; errors name file and field."""
@@ -21,6 +23,13 @@ class Fields:
         if default is None:
             raise CheckpointError(f"{self.source} has no {name}")
         return default
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """An integer that may size something: in [1, 2^24]."""
+        value = self.integer(name, default)
+        if not 1 <= value <= _MAX_SIZE:
+            raise CheckpointError(f"{self.source}: {name} must be in [1, 2^24], got {value}")
+        return value
 
     def optional_integer(self, name: str) -> int | None:
         value = self.values.get(name)

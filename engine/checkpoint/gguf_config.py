@@ -52,15 +52,15 @@ def config_from_gguf_file(file: GgufFile) -> ModelConfig:
     if fields.integer("expert_count", 0):
         raise CheckpointError(f"{file.path}: mixtures of experts are not supported")
     tokenizer = Fields(str(file.path), _without_prefix(file.metadata, "tokenizer.ggml."))
-    hidden_size = fields.integer("embedding_length")
-    num_heads = fields.integer("attention.head_count")
-    num_layers = fields.integer("block_count")
-    head_dim = fields.integer("attention.key_length", hidden_size // num_heads)
+    hidden_size = fields.size("embedding_length")
+    num_heads = fields.size("attention.head_count")
+    num_layers = fields.size("block_count")
+    head_dim = fields.size("attention.key_length", hidden_size // num_heads)
     if fields.integer("rope.dimension_count", head_dim) != head_dim:
         raise CheckpointError(f"{file.path}: partly rotated heads are not supported")
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(f"{file.path}: keys and values of different sizes are not supported")
-    max_context_tokens = fields.integer("context_length")
+    max_context_tokens = fields.size("context_length")
     rope = _rope(file, fields, max_context_tokens)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
@@ -69,15 +69,15 @@ def config_from_gguf_file(file: GgufFile) -> ModelConfig:
         architecture=ARCHITECTURES[name],
         vocab_size=embedding.shape[0],
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("feed_forward_length"),
+        intermediate_size=fields.size("feed_forward_length"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=fields.integer("attention.head_count_kv", num_heads),
+        num_kv_heads=fields.size("attention.head_count_kv", num_heads),
         head_dim=head_dim,
         max_context_tokens=scaled_context_tokens(rope, max_context_tokens),
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", 1e-6),
         rope=rope,
-        windows=(fields.optional_integer("attention.sliding_window"),) * num_layers,
+        windows=(fields.optional_integer("attention.sliding_window") or None,) * num_layers,
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         output_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_up.bias" in file.tensors,

@@ -36,10 +36,10 @@ def config_from_directory(path: Path) -> ModelConfig:
     fields = read_json(path / "config.json")
     architecture = _architecture(fields)
     _refuse_unsupported(fields)
-    hidden_size = fields.integer("hidden_size")
-    num_heads = fields.integer("num_attention_heads")
-    num_layers = fields.integer("num_hidden_layers")
-    max_context_tokens = fields.integer(
+    hidden_size = fields.size("hidden_size")
+    num_heads = fields.size("num_attention_heads")
+    num_layers = fields.size("num_hidden_layers")
+    max_context_tokens = fields.size(
         "max_position_embeddings", _DEFAULT_CONTEXT_TOKENS[architecture]
     )
     attention_bias = fields.flag("attention_bias", default=False)
@@ -50,13 +50,13 @@ def config_from_directory(path: Path) -> ModelConfig:
     rope = _rope(fields, max_context_tokens)
     return ModelConfig(
         architecture=architecture,
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=fields.size("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
+        intermediate_size=fields.size("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=fields.integer("num_key_value_heads", default_kv_heads),
-        head_dim=fields.integer("head_dim", default_head_dim),
+        num_kv_heads=fields.size("num_key_value_heads", default_kv_heads),
+        head_dim=fields.size("head_dim", default_head_dim),
         max_context_tokens=scaled_context_tokens(rope, max_context_tokens),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope=rope,
@@ -103,7 +103,7 @@ def _rope(fields: Fields, max_context_tokens: int) -> RopeConfig:
     rope = Fields(f"{fields.source}: rope_parameters", raw)
     scaling = raw.get("rope_type", raw.get("type", "default"))
     scaling = _SCALING_ALIASES.get(scaling, scaling) if isinstance(scaling, str) else scaling
-    if scaling not in _SCALINGS:
+    if not isinstance(scaling, str) or scaling not in _SCALINGS:
         raise CheckpointError(
             f"{rope.source}: type {scaling!r} is not supported; use one of {sorted(_SCALINGS)}"
         )
@@ -150,7 +150,7 @@ def _windows(fields: Fields, architecture: str, num_layers: int) -> tuple[int | 
         return (window,) * num_layers
     if not fields.flag("use_sliding_window", default=False):
         return everywhere
-    window = fields.integer("sliding_window", 4096)
+    window = fields.size("sliding_window", 4096)
     layer_types = fields.values.get("layer_types")
     if layer_types is None:
         first = fields.integer("max_window_layers", 28)

@@ -167,34 +167,28 @@ class RowParallelLinear(ParallelLinear):
         kernels: Kernels,
     ) -> None:
         local_in = axis.shard_size(in_features, "in_features")
-        has_local_bias = has_bias and axis.rank == 0
-        shards = [
-            ShardSpec(
-                tensor=f"{name}.weight",
-                full_shape=(out_features, in_features),
-                parameter="weight_FD",
-                dim=1,
-                start=axis.rank * local_in,
-                length=local_in,
-            )
-        ]
-        if has_bias:
-            shards.append(
-                ShardSpec(
-                    tensor=f"{name}.bias",
-                    full_shape=(out_features,),
-                    parameter="bias_F",
-                    length=out_features,
-                )
-            )
-        super().__init__(
-            local_in,
-            out_features,
-            tuple(shards if has_local_bias else shards[:1]),
-            has_bias=has_local_bias,
-            kernels=kernels,
+        weight = ShardSpec(
+            tensor=f"{name}.weight",
+            full_shape=(out_features, in_features),
+            parameter="weight_FD",
+            dim=1,
+            start=axis.rank * local_in,
+            length=local_in,
         )
+        bias = ShardSpec(
+            tensor=f"{name}.bias",
+            full_shape=(out_features,),
+            parameter="bias_F",
+            length=out_features,
+        )
+        shards = (weight, bias) if has_bias else (weight,)
+        super().__init__(local_in, out_features, shards, has_bias=has_bias, kernels=kernels)
         self._axis = axis
+
+    def pack(self, kernels: Kernels) -> None:
+        if self._axis.rank > 0:
+            self.bias_F = None
+        super().pack(kernels)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         return self._axis.all_reduce(super().forward(x_TD))

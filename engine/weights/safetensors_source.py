@@ -110,6 +110,6 @@ def _indexed_files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{index.source} has no weight_map")
     files = set(names.values())
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or not file or Path(file).name != file:
             raise CheckpointError(f"{index.source}: {file!r} is no name of a file beside it")
     return [directory / file for file in sorted(files)]

@@ -228,8 +228,8 @@ def test_logits_equal_those_of_transformers(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_a_ragged_batch_equals_each_sequence_alone(family: str, tmp_path: Path) -> None:
-    windows = {"mistral": {"sliding_window": 20}}.get(family, {})
-    path = tiny_checkpoint(tmp_path, family, **windows)
+    overrides: dict[str, Any] = {"sliding_window": 20} if family == "mistral" else {}
+    path = tiny_checkpoint(tmp_path, family, **overrides)
     prompts = [prompt_of(length, seed=length) for length in (1, 15, 16, 17, 50)]
     answers = [prompt_of(4, seed=100 + length) for length in (1, 15, 16, 17, 50)]
     model = load_model(path, kernels=TorchKernels(torch.device("cpu")))
