@@ -16,10 +16,13 @@ from engine.errors import NotReadyError
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
 POLL_S = 0.1
+UP_COMMAND = (sys.executable, "-m", "deploy", "up")
 
 
 @asynccontextmanager
-async def started_mesh(arguments: Sequence[str]) -> AsyncIterator[str]:
+async def started_mesh(
+    arguments: Sequence[str], *, command: Sequence[str] = UP_COMMAND
+) -> AsyncIterator[str]:
     """Run `isthmus up` with `arguments` on free ports; yields the gateway's HTTP address as a URL.
 
     Raises:
@@ -29,7 +32,7 @@ async def started_mesh(arguments: Sequence[str]) -> AsyncIterator[str]:
         state_file = Path(folder, "mesh.json")
         ports = ["--http-port", "0", "--grpc-port", "0", "--state-file", str(state_file)]
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "deploy", "up", *ports, *arguments, stdout=sys.stderr
+            *command, *ports, *arguments, stdout=sys.stderr
         )
         try:
             yield await _ready_url(process, state_file)

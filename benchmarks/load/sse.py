@@ -13,12 +13,7 @@ class SseParser:
         Lines end with LF or CRLF. Several data lines of one event are joined by LF. Comments and
         other fields are dropped, and an event without data is none.
         """
-        # A CR at the end may be half of a CRLF, so it waits for what follows.
-        buffer = self._rest + data
-        held = b"\r" if buffer.endswith(b"\r") else b""
-        buffer = buffer[: len(buffer) - len(held)].replace(b"\r\n", b"\n")
-        *events, rest = buffer.split(b"\n\n")
-        self._rest = rest + held
+        *events, self._rest = (self._rest + data).replace(b"\r\n", b"\n").split(b"\n\n")
         return [payload for event in events if (payload := _data_of(event)) is not None]
 
 
