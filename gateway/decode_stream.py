@@ -46,6 +46,8 @@ class DecodeStream:
         self.worker_id = worker_id
         self.address = address
         self.is_available = False
+        self.is_new = True
+        """Has neither connected nor failed yet."""
         self.num_freed_blocks = 0
         """Blocks that acknowledged aborts gave back."""
         self._on_change = on_change
@@ -102,6 +104,7 @@ class DecodeStream:
             except TimeoutError:
                 pass
             finally:
+                self.is_new = False
                 self._lose(error)
             await asyncio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
@@ -149,6 +152,8 @@ class DecodeStream:
             sink.on_decode_lost(request_id, error)
 
     def _set_available(self, *, is_available: bool) -> None:
+        if is_available:
+            self.is_new = False
         if self.is_available != is_available:
             self.is_available = is_available
             logger.info(

@@ -1,6 +1,7 @@
 """The workers that this gateway is connected to, as the registry names them; routes over them."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 CLOSE_GRACE_S = 30.0
 """A prefill worker that the registry has lost may still answer what it was asked."""
+SETTLE_S = 1.0
 
 
 class WorkerSource(Protocol):
@@ -76,12 +78,14 @@ class WorkerPools:
         self._policy = policy
         self._model_id = model_id
         self._turn = 0
+        self._started_s = 0.0
         self._tasks = asyncio.TaskGroup()
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
+        self._started_s = asyncio.get_running_loop().time()
         self.source.on_change(self.refresh)
         self.refresh()
         return self
@@ -113,6 +117,23 @@ class WorkerPools:
         """Raises NotReadyError, saying why, unless a new sequence would find a decode worker."""
         if not self.is_ready:
             raise NotReadyError(self._why_not_ready())
+
+    async def settled(self) -> None:
+        """Wait, briefly, while it is too early to say that nobody is there.
+
+        That is while a worker is being connected to for the first time, and in the first moments
+        of this gateway, when it may not have heard of all workers.
+        """
+        if self.is_ready:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_S):
+                while not self.is_ready and self._is_settling():
+                    await self.wait_for_change()
+
+    def _is_settling(self) -> bool:
+        age_s = asyncio.get_running_loop().time() - self._started_s
+        return age_s < SETTLE_S or any(w.stream.is_new for w in self.decode.values())
 
     async def wait_for_change(self) -> None:
         """Return once workers have come, gone, connected or disconnected."""

@@ -78,6 +78,7 @@ class InferenceService:
         parent = _PROPAGATOR.extract(dict(headers)) if "traceparent" in headers else None
         outcome = "ok"
         self.metrics.requests_in_flight.inc()
+        await self.pools.settled()
         with self._tracer.start_as_current_span(
             "request", context=parent, attributes={"request_id": request_id}
         ) as span:
