@@ -1,6 +1,6 @@
 """Prometheus metrics of a worker, and the endpoint that serves a process' metrics."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -43,7 +43,7 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(name, text, value=getattr(stats, field))
 
 
-def labelled_counter(name: str, text: str, label: str, values: dict[str, float]) -> Metric:
+def labelled_counter(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
     """A counter family with one sample for each value of its label."""
     family = CounterMetricFamily(name, text, labels=[label])
     for value, number in values.items():

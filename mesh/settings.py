@@ -148,7 +148,7 @@ def _parsed(name: str, text: str, wanted: Any) -> Any:  # noqa: ANN401
         raise SettingsError(f"{name}: cannot read {text!r}: {error}") from error
 
 
-def _converted(text: str, wanted: Any) -> Any:  # noqa: ANN401, PLR0911
+def _converted(text: str, wanted: Any) -> Any:  # noqa: ANN401
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in {types.UnionType, typing.Union}:
         if not text and type(None) in arguments:

@@ -17,6 +17,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 TRACEPARENT = "traceparent"
+OTLP_ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 _EXPORT_DELAY_MS = 500
 _PROPAGATOR = TraceContextTextMapPropagator()
 
@@ -46,9 +47,7 @@ def exporting_spans(
 
         insecure = not otlp_endpoint.startswith("https://")
         exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=insecure)
-    resource = Resource.create(
-        {"service.name": service_name, "service.instance.id": instance_id}
-    )
+    resource = Resource.create({"service.name": service_name, "service.instance.id": instance_id})
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(
         BatchSpanProcessor(exporter, schedule_delay_millis=_EXPORT_DELAY_MS)

@@ -1,0 +1,19 @@
+"""`python -m decode_worker`: one decode worker."""
+
+import sys
+
+from engine.config import EngineConfig
+from kv_transfer.config import TransferConfig
+from mesh.worker_main import Serve, worker_main
+
+
+def load_serve() -> Serve:
+    from decode_worker.main import serve
+
+    return serve
+
+
+if __name__ == "__main__":
+    sys.exit(
+        worker_main("decode", {"engine": EngineConfig, "transfer": TransferConfig}, load_serve)
+    )

@@ -1,0 +1,87 @@
+"""Compose the decode worker: each line of the `async with` undoes itself in reverse order."""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grpc import aio
+from prometheus_client import CollectorRegistry
+
+from decode_worker.metrics import ReceiverCollector
+from decode_worker.servicer import DecodeServicer
+from engine.checkpoint.digest import model_digest
+from engine.config import EngineConfig
+from engine.runtime.build import build_engine
+from engine.runtime.core_share import CoreShare
+from engine.runtime.engine_thread import EngineThread
+from kv_transfer.config import TransferConfig
+from kv_transfer.receiver import KvReceiver
+from kv_transfer.servicer import KvTransferServicer
+from mesh.telemetry import exporting_spans
+from mesh.worker import WorkerConfig, WorkerIdentity, serving_worker, until_stopped
+from protos.isthmus.v1 import decode_pb2_grpc, kv_transfer_pb2_grpc
+from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_DECODE
+
+SERVICE_NAMES = ("isthmus.v1.DecodeService", "isthmus.v1.KvTransferService")
+
+
+async def serve(settings: Mapping[str, Any], model_path: Path) -> None:
+    """Run until SIGTERM, then leave the registry, drain and stop the engine.
+
+    Args:
+        settings: the sections worker, engine and transfer.
+        model_path: a Hugging Face directory or a .gguf file.
+    """
+    worker: WorkerConfig = settings["worker"]
+    engine_config: EngineConfig = settings["engine"]
+    transfer: TransferConfig = settings["transfer"]
+    cores = CoreShare(
+        worker.home_cores or sorted(os.sched_getaffinity(0)),
+        fd=worker.core_share_fd,
+        slot=worker.core_share_slot,
+        max_threads=engine_config.num_threads,
+    )
+    engine = await asyncio.to_thread(build_engine, model_path, engine_config, cores=cores)
+    digest = await asyncio.to_thread(model_digest, model_path)
+    identity = WorkerIdentity.new(
+        WORKER_ROLE_DECODE,
+        model_id=worker.model,
+        model_digest=digest,
+        max_context_tokens=engine.limits.max_context_tokens,
+    )
+    metrics = CollectorRegistry()
+    with exporting_spans(
+        "isthmus-decode", instance_id=identity.worker_id, otlp_endpoint=worker.otlp_endpoint
+    ):
+        async with (
+            EngineThread(engine) as thread,
+            KvReceiver(
+                thread,
+                engine.runner.pool,
+                receiver_id=identity.worker_id,
+                model_digest=digest,
+                config=transfer,
+                epoch=identity.epoch,
+            ) as receiver,
+        ):
+            metrics.register(ReceiverCollector(lambda: receiver.counters))
+            servicer = DecodeServicer(thread, receiver)
+
+            def add_servicers(server: aio.Server) -> None:
+                decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
+                kv_transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(
+                    KvTransferServicer(receiver), server
+                )
+
+            async with serving_worker(
+                worker,
+                identity,
+                add_servicers=add_servicers,
+                service_names=SERVICE_NAMES,
+                drained=servicer.drained,
+                stats=lambda: thread.stats,
+                metrics=metrics,
+            ):
+                await until_stopped(thread.dead)

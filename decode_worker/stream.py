@@ -1,0 +1,146 @@
+"""One gateway's stream: its sequences, their outputs batched by engine step, their spans."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from opentelemetry.context import Context
+
+from engine.errors import IsthmusError
+from engine.request import Request
+from engine.runtime.commands import (
+    EngineEvent,
+    ErrorEvent,
+    FirstTokenTiming,
+    KvComputedEvent,
+    RequestEngine,
+    SequenceMode,
+    TokenEvent,
+)
+from kv_transfer.receiver import KvReceiver
+from mesh.telemetry import span_between
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class OpenSequence:
+    """What the stream remembers of a sequence between its first and its last token."""
+
+    trace_context: Context | None
+    first_token_ns: int = 0
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    """Answers an abort once the blocks are free."""
+
+    request_id: str
+    num_freed_blocks: int
+
+
+Output = EngineEvent | Aborted
+
+
+class GatewayStream:
+    """The EventSink of all sequences that one gateway submitted; the stream's end aborts them."""
+
+    def __init__(self, engine: RequestEngine, receiver: KvReceiver) -> None:
+        self._engine = engine
+        self._receiver = receiver
+        self._open: dict[str, OpenSequence] = {}
+        self._outputs: list[Output] = []
+        self._has_outputs = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def drained(self) -> None:
+        """Return when no sequence is open."""
+        await self._idle.wait()
+
+    def submit(
+        self, request: Request, mode: SequenceMode, *, trace_context: Context | None
+    ) -> None:
+        """Start a sequence; a refusal comes back as its output, so that the stream goes on."""
+        try:
+            self._engine.submit(request, mode, self)
+        except IsthmusError as error:
+            self._put([ErrorEvent(request.request_id, error)])
+        else:
+            self._open[request.request_id] = OpenSequence(trace_context)
+            self._idle.clear()
+
+    async def abort(self, request_id: str) -> None:
+        """End a sequence; the acknowledgement goes out once its blocks are free."""
+        self._put([Aborted(request_id, await self._free(request_id))])
+
+    async def abort_all(self) -> None:
+        """Free everything: the gateway is gone."""
+        for request_id in list(self._open):
+            await self._free(request_id)
+
+    async def _free(self, request_id: str) -> int:
+        """Free a sequence and what is reserved for it; a writer is fenced off first."""
+        self._forget(request_id)
+        return await self._receiver.abort(request_id) + await self._engine.abort(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        self._open.pop(request_id, None)
+        if not self._open:
+            self._idle.set()
+
+    async def next_outputs(self) -> list[Output]:
+        """Wait for outputs and take all there are: one message a step."""
+        await self._has_outputs.wait()
+        self._has_outputs.clear()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def put(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            match event:
+                case TokenEvent():
+                    self._follow(event)
+                case ErrorEvent(request_id=request_id):
+                    self._forget(request_id)
+                case KvComputedEvent():
+                    pass
+        self._put(events)
+
+    def _put(self, outputs: Sequence[Output]) -> None:
+        self._outputs.extend(outputs)
+        self._has_outputs.set()
+
+    def _follow(self, token: TokenEvent) -> None:
+        if (sequence := self._open.get(token.request_id)) is None:
+            return
+        sequence.num_tokens += 1
+        if token.first is not None:
+            sequence.first_token_ns = token.first.done_ns
+            _record_first_step(sequence.trace_context, token.first)
+        if token.finish_reason is not None:
+            self._forget(token.request_id)
+            span_between(
+                "decode",
+                sequence.first_token_ns,
+                time.time_ns(),
+                context=sequence.trace_context,
+                attributes={
+                    "num_tokens": sequence.num_tokens,
+                    "finish_reason": token.finish_reason.value,
+                },
+            )
+
+
+def _record_first_step(context: Context | None, timing: FirstTokenTiming) -> None:
+    span_between("decode.queue", timing.arrived_ns, timing.scheduled_ns, context=context)
+    span_between(
+        "decode.first_step",
+        timing.scheduled_ns,
+        timing.done_ns,
+        context=context,
+        attributes={"prefilled_locally": timing.prefilled_locally},
+    )

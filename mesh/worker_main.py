@@ -1,0 +1,48 @@
+"""The `__main__` of both worker kinds: read the settings, find the model, serve."""
+
+import os
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint.locate import default_cache_dir, locate_model
+from mesh.logs import set_up_logging
+from mesh.process import report_failure, run_service
+from mesh.settings import parse_command_line
+from mesh.telemetry import OTLP_ENDPOINT_VARIABLE
+from mesh.worker import WorkerConfig
+
+Serve = Callable[[Mapping[str, Any], Path], Coroutine[Any, Any, None]]
+
+
+def worker_main(
+    role: str, sections: Mapping[str, type[Any]], load_serve: Callable[[], Serve]
+) -> int:
+    """Run one worker process; returns its exit status.
+
+    Args:
+        role: prefill or decode.
+        sections: settings besides the worker's own, by name.
+        load_serve: imports what serves; called once the settings are known to be good, because
+            importing torch takes seconds.
+    """
+    try:
+        settings = parse_command_line(
+            f"{role}_worker",
+            f"One {role} worker of an Isthmus mesh.",
+            {"worker": WorkerConfig, **sections},
+            sys.argv[1:],
+            os.environ,
+        )
+        worker: WorkerConfig = settings["worker"]
+        set_up_logging(role, level=worker.log_level, log_format=worker.log_format)
+        if not worker.otlp_endpoint:
+            endpoint = os.environ.get(OTLP_ENDPOINT_VARIABLE, "")
+            settings["worker"] = replace(worker, otlp_endpoint=endpoint)
+        path = locate_model(worker.model, cache_dir=default_cache_dir(os.environ))
+        serve = load_serve()
+    except Exception as error:  # noqa: BLE001 - the last frame of the process
+        return report_failure(error)
+    return run_service(serve(settings, path))

@@ -1,0 +1,92 @@
+"""Compose the prefill worker: each line of the `async with` undoes itself in reverse order."""
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpc import aio
+from prometheus_client import CollectorRegistry
+
+from engine.checkpoint.digest import model_digest
+from engine.config import EngineConfig
+from engine.runtime.build import build_engine
+from engine.runtime.core_share import CoreShare
+from engine.runtime.engine_thread import EngineThread
+from engine.scheduling.block_hash import block_hashes
+from kv_transfer.config import TransferConfig
+from kv_transfer.sender import KvSender
+from mesh.channel import open_channel
+from mesh.telemetry import exporting_spans
+from mesh.worker import WorkerConfig, WorkerIdentity, serving_worker, until_stopped
+from prefill_worker.metrics import HandoverSeconds, SenderCollector
+from prefill_worker.prefill import Prefiller
+from prefill_worker.servicer import PrefillServicer
+from protos.isthmus.v1 import prefill_pb2_grpc as pb_grpc
+from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_PREFILL
+
+SERVICE_NAMES = ("isthmus.v1.PrefillService",)
+
+
+async def serve(settings: Mapping[str, Any], model_path: Path) -> None:
+    """Run until SIGTERM, then leave the registry, drain and stop the engine.
+
+    Args:
+        settings: the sections worker, engine and transfer.
+        model_path: a Hugging Face directory or a .gguf file.
+    """
+    worker: WorkerConfig = settings["worker"]
+    engine_config: EngineConfig = settings["engine"]
+    transfer: TransferConfig = settings["transfer"]
+    cores = CoreShare(
+        worker.home_cores or sorted(os.sched_getaffinity(0)),
+        fd=worker.core_share_fd,
+        slot=worker.core_share_slot,
+        max_threads=engine_config.num_threads,
+    )
+    engine = await asyncio.to_thread(build_engine, model_path, engine_config, cores=cores)
+    digest = await asyncio.to_thread(model_digest, model_path)
+    identity = WorkerIdentity.new(
+        WORKER_ROLE_PREFILL,
+        model_id=worker.model,
+        model_digest=digest,
+        max_context_tokens=engine.limits.max_context_tokens,
+    )
+    metrics = CollectorRegistry()
+    rope_salt = engine.runner.model.config.rope_salt
+
+    def hash_blocks(token_ids: Sequence[int]) -> Sequence[bytes]:
+        salt = rope_salt(len(token_ids))
+        return block_hashes(token_ids, engine_config.block_size_tokens, salt=salt)
+
+    with exporting_spans(
+        "isthmus-prefill", instance_id=identity.worker_id, otlp_endpoint=worker.otlp_endpoint
+    ):
+        async with (
+            EngineThread(engine) as thread,
+            KvSender(
+                engine.runner.pool,
+                sender_id=identity.worker_id,
+                model_digest=digest,
+                open_channel=open_channel,
+                config=transfer,
+                on_end=HandoverSeconds(metrics).observe,
+            ) as sender,
+        ):
+            metrics.register(SenderCollector(lambda: sender.counters))
+            prefiller = Prefiller(thread, sender, hash_blocks=hash_blocks)
+
+            def add_servicers(server: aio.Server) -> None:
+                pb_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(prefiller), server)
+
+            async with serving_worker(
+                worker,
+                identity,
+                add_servicers=add_servicers,
+                service_names=SERVICE_NAMES,
+                drained=prefiller.drained,
+                stats=lambda: thread.stats,
+                metrics=metrics,
+            ):
+                await until_stopped(thread.dead)

@@ -1,0 +1,152 @@
+"""The life of one prefill: compute, draw the first token, hand the KV over, free the blocks."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from engine.errors import PeerUnavailableError
+from engine.request import Request
+from engine.runtime.commands import (
+    EngineEvent,
+    ErrorEvent,
+    KvComputedEvent,
+    RequestEngine,
+    SequenceMode,
+    TokenEvent,
+)
+from kv_transfer.report import HandoverReport
+from kv_transfer.sender import KvSender
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillJob:
+    """One prompt and the decode worker that will continue it."""
+
+    request: Request
+    decode_worker_id: str
+    decode_address: str
+
+
+class Inbox:
+    """An EventSink that one coroutine reads."""
+
+    def __init__(self) -> None:
+        self._events: asyncio.Queue[EngineEvent] = asyncio.Queue()
+
+    def put(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            self._events.put_nowait(event)
+
+    async def get(self) -> EngineEvent:
+        return await self._events.get()
+
+
+class Prefiller:
+    """Runs prefill jobs on one engine; the first token never waits for the handover."""
+
+    def __init__(
+        self,
+        engine: RequestEngine,
+        sender: KvSender,
+        *,
+        hash_blocks: Callable[[Sequence[int]], Sequence[bytes]],
+    ) -> None:
+        self._engine = engine
+        self._sender = sender
+        self._hash_blocks = hash_blocks
+        self._running: dict[str, asyncio.Task[object]] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def run(
+        self, job: PrefillJob, emit_token: Callable[[TokenEvent], Awaitable[None]]
+    ) -> HandoverReport | None:
+        """Compute the job; `emit_token` is awaited once, as soon as the token is drawn.
+
+        Cancelling it (or `abort`) frees the blocks on both workers before it returns.
+
+        Returns:
+            What crossed; None when the first token ended the answer and nothing needs to.
+
+        Raises:
+            KvLeaseLostError, PeerUnavailableError, LayoutMismatchError, CapacityError: the decode
+                worker did not take the KV; the token may have been emitted already.
+        """
+        request_id = job.request.request_id
+        inbox = Inbox()
+        self._engine.submit(job.request, SequenceMode.PREFILL, inbox)
+        task = asyncio.current_task()
+        assert task is not None
+        self._running[request_id] = task
+        self._idle.clear()
+        try:
+            return await self._compute_and_hand_over(job, inbox, emit_token)
+        finally:
+            del self._running[request_id]
+            # Also after success: the engine holds the blocks until it is told.
+            await self._engine.abort(request_id)
+            if not self._running:
+                self._idle.set()
+
+    async def drained(self) -> None:
+        """Return when no job runs."""
+        await self._idle.wait()
+
+    async def abort(self, request_id: str) -> int:
+        """End a job and return the blocks freed, once both ends have freed them."""
+        if (task := self._running.get(request_id)) is None:
+            return 0
+        num_freed = await self._engine.abort(request_id)
+        task.cancel()
+        await asyncio.wait([task])
+        return num_freed
+
+    async def _compute_and_hand_over(
+        self, job: PrefillJob, inbox: Inbox, emit_token: Callable[[TokenEvent], Awaitable[None]]
+    ) -> HandoverReport | None:
+        computed: asyncio.Queue[KvComputedEvent | TokenEvent] = asyncio.Queue()
+        async with asyncio.TaskGroup() as tasks:
+            handover = tasks.create_task(self._hand_over(job, computed), name="handover")
+            token = await _first_token(inbox, computed)
+            if token.finish_reason is None:
+                computed.put_nowait(token)
+            else:
+                handover.cancel()
+            await emit_token(token)
+        return None if token.finish_reason is not None else handover.result()
+
+    async def _hand_over(
+        self, job: PrefillJob, computed: asyncio.Queue[KvComputedEvent | TokenEvent]
+    ) -> HandoverReport:
+        token_ids = job.request.prompt_token_ids + job.request.output_token_ids
+        async with self._sender.handover(
+            job.request.request_id,
+            decode_address=job.decode_address,
+            num_tokens=len(token_ids),
+            block_hashes=self._hash_blocks(token_ids),
+        ) as handover:
+            if (receiver_id := handover.session.offer.receiver_id) != job.decode_worker_id:
+                raise PeerUnavailableError(
+                    f"{job.decode_address} is {receiver_id}, not {job.decode_worker_id}"
+                )
+            while isinstance(event := await computed.get(), KvComputedEvent):
+                await handover.push(event.block_ids, event.first_token, event.num_tokens)
+            await handover.commit(event.token_id)
+            return handover.report
+
+
+async def _first_token(
+    inbox: Inbox, computed: asyncio.Queue[KvComputedEvent | TokenEvent]
+) -> TokenEvent:
+    """Pass KV on to the handover until the token is drawn."""
+    while True:
+        match await inbox.get():
+            case ErrorEvent(error=error):
+                raise error
+            case KvComputedEvent() as event:
+                computed.put_nowait(event)
+            case TokenEvent() as token:
+                return token

@@ -1,0 +1,86 @@
+"""gRPC face of the prefill worker: translate, run the job, translate back."""
+
+from grpc import aio
+
+from engine.request import Request
+from engine.runtime.commands import TokenEvent
+from kv_transfer.report import HandoverReport
+from mesh.convert import finish_reason_to_pb, logprobs_to_pb, sampling_from_pb
+from mesh.telemetry import context_from_call
+from prefill_worker.prefill import Prefiller, PrefillJob
+from prefill_worker.spans import record_handover, record_prefill
+from protos.isthmus.v1 import prefill_pb2 as pb
+from protos.isthmus.v1 import prefill_pb2_grpc as pb_grpc
+
+
+class PrefillServicer(pb_grpc.PrefillServiceServicer):
+    def __init__(self, prefiller: Prefiller) -> None:
+        self._prefiller = prefiller
+
+    async def Prefill(
+        self,
+        request: pb.PrefillRequest,
+        context: aio.ServicerContext[pb.PrefillRequest, pb.PrefillResponse],
+    ) -> None:
+        """Stream the first token, then what the handover took."""
+        trace_context = context_from_call(context)
+
+        prefill_end_ns = 0
+
+        async def emit_token(token: TokenEvent) -> None:
+            nonlocal prefill_end_ns
+            prefill_end_ns = token.first.done_ns if token.first else 0
+            record_prefill(token, trace_context)
+            await context.write(pb.PrefillResponse(first_token=_first_token_to_pb(token)))
+
+        report = await self._prefiller.run(_job_from(request), emit_token)
+        if report is not None:
+            record_handover(report, trace_context)
+            await context.write(_handover_to_pb(report, prefill_end_ns))
+
+    async def Abort(
+        self,
+        request: pb.AbortRequest,
+        context: aio.ServicerContext[pb.AbortRequest, pb.AbortResponse],
+    ) -> pb.AbortResponse:
+        """Answers once the blocks are free on both workers."""
+        return pb.AbortResponse(num_freed_blocks=await self._prefiller.abort(request.request_id))
+
+
+def _job_from(request: pb.PrefillRequest) -> PrefillJob:
+    return PrefillJob(
+        request=Request(
+            request_id=request.request_id,
+            prompt_token_ids=tuple(request.prompt_token_ids),
+            output_token_ids=tuple(request.output_token_ids),
+            sampling=sampling_from_pb(request.sampling),
+        ),
+        decode_worker_id=request.decode_worker_id,
+        decode_address=request.decode_address,
+    )
+
+
+def _first_token_to_pb(token: TokenEvent) -> pb.FirstToken:
+    assert token.first is not None, f"first token of {token.request_id} without its timing"
+    return pb.FirstToken(
+        token_id=token.token_id,
+        logprobs=logprobs_to_pb(token.logprobs) if token.logprobs else None,
+        finish_reason=finish_reason_to_pb(token.finish_reason),
+        num_cached_tokens=token.first.num_cached_tokens,
+        queue_ns=token.first.scheduled_ns - token.first.arrived_ns,
+        compute_ns=token.first.done_ns - token.first.scheduled_ns,
+    )
+
+
+def _handover_to_pb(report: HandoverReport, prefill_end_ns: int) -> pb.PrefillResponse:
+    message = pb.HandoverReport(
+        num_bytes=report.num_bytes,
+        num_tokens=report.num_tokens,
+        num_cached_tokens=report.num_cached_tokens,
+        reserve_ns=report.reserve_ns,
+        transfer_ns=report.write_ns,
+        commit_ns=report.commit_ns,
+        exposed_ns=max(0, report.commit_end_ns - prefill_end_ns),
+        data_plane=report.data_plane,
+    )
+    return pb.PrefillResponse(handover=message)
