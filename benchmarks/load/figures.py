@@ -82,7 +82,11 @@ class Figures:
 
 
 def figures_of(windows: Sequence[Window]) -> Figures:
-    """Pool the windows of repeated runs; a token or gap counts if it ended inside its window."""
+    """Pool the windows of repeated runs.
+
+    A token counts if it came inside its window. A gap counts, whole, if any of it lies inside: a
+    stall must not be lost because it began just before the window or outlasted it.
+    """
     good = [
         (window, answer)
         for window in windows
@@ -107,7 +111,7 @@ def figures_of(windows: Sequence[Window]) -> Figures:
             gap_s
             for window, answer in good
             for when_s, gap_s in answer.gaps_s
-            if window.start_s <= when_s <= window.end_s
+            if when_s > window.start_s and when_s - gap_s < window.end_s
         ),
         ttft=Quantiles.of(answer.ttft_s for _, answer in good),
         latency=Quantiles.of(answer.latency_s for _, answer in good if answer.is_complete),
