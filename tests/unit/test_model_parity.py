@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.checkpoint.config import ModelConfig
+from engine.kernels import Kernels, choose_kernels
 from engine.kernels.torch_kernels import TorchKernels
 from engine.kv_cache.batch import StepBatch
 from engine.models import CausalLM, load_model
@@ -202,17 +203,26 @@ def _one_thread() -> Iterator[None]:
     gc.collect()
 
 
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=["torch", "chosen"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """The reference, and what serves on this machine (native code where it was built)."""
+    return TorchKernels(CPU) if request.param == "torch" else choose_kernels(CPU, torch.float32, 1)
+
+
 PROMPT = prompt_of(100)
 ANSWER = prompt_of(6, seed=9)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_logits_equal_those_of_transformers(case: Case, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers(case: Case, kernels: Kernels, tmp_path: Path) -> None:
     path = tiny_checkpoint(
         tmp_path, case.family, max_shard_size=case.max_shard_size, **case.overrides
     )
     expected = reference_logits(path, PROMPT, ANSWER)
-    model = load_model(path, kernels=TorchKernels(torch.device("cpu")))
+    model = load_model(path, kernels=kernels)
 
     whole = Runner(model, [PROMPT])
     parts = whole.step([len(PROMPT)])
@@ -227,12 +237,14 @@ def test_logits_equal_those_of_transformers(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-def test_a_ragged_batch_equals_each_sequence_alone(family: str, tmp_path: Path) -> None:
+def test_a_ragged_batch_equals_each_sequence_alone(
+    family: str, kernels: Kernels, tmp_path: Path
+) -> None:
     overrides: dict[str, Any] = {"sliding_window": 20} if family == "mistral" else {}
     path = tiny_checkpoint(tmp_path, family, **overrides)
     prompts = [prompt_of(length, seed=length) for length in (1, 15, 16, 17, 50)]
     answers = [prompt_of(4, seed=100 + length) for length in (1, 15, 16, 17, 50)]
-    model = load_model(path, kernels=TorchKernels(torch.device("cpu")))
+    model = load_model(path, kernels=kernels)
     runner = Runner(model, prompts)
     got: list[list[torch.Tensor]] = [[] for _ in prompts]
 
@@ -259,7 +271,7 @@ def test_a_ragged_batch_equals_each_sequence_alone(family: str, tmp_path: Path) 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stays_near_float32(dtype: str, tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, "llama", dtype=dtype, initializer_range=0.05)
-    kernels = TorchKernels(torch.device("cpu"))
+    kernels = TorchKernels(CPU)
     exact = Runner(load_model(path, kernels=kernels, dtype="float32"), [PROMPT])
     model = load_model(path, kernels=kernels)
     assert model.embedding.weight_VD.dtype == getattr(torch, dtype)
@@ -278,7 +290,7 @@ def test_an_untied_head_in_a_checkpoint_that_says_tied_is_used(tmp_path: Path) -
     (path / "config.json").write_text(
         text.replace('"tie_word_embeddings": false', '"tie_word_embeddings": true')
     )
-    model = load_model(path, kernels=TorchKernels(torch.device("cpu")))
+    model = load_model(path, kernels=TorchKernels(CPU))
     assert not model.config.tie_word_embeddings
     (actual,) = Runner(model, [PROMPT]).step([len(PROMPT)])
     assert_close(actual, reference_logits(path, PROMPT, []))
