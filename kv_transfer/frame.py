@@ -26,6 +26,9 @@ class FrameFlag(IntFlag):
     """`checksum` is the payload's xxh3_64."""
 
 
+_ALL_FLAGS = int(FrameFlag.LAST | FrameFlag.CHECKSUM)
+
+
 class PushStatus(IntEnum):
     WRITTEN = 1
     LEASE_LOST = 2
@@ -76,7 +79,7 @@ def header_from(data: bytes | bytearray | memoryview) -> FrameHeader:
         raise FrameError("bad_magic")
     if version != VERSION:
         raise FrameError("bad_version")
-    if reserved or flags & ~(FrameFlag.LAST | FrameFlag.CHECKSUM):
+    if reserved or flags > _ALL_FLAGS:
         raise FrameError("bad_flags")
     return FrameHeader(FrameFlag(flags), *fields)
 

@@ -19,7 +19,8 @@ from engine.errors import (
     UnknownRequestError,
 )
 from engine.kv_cache.layout import KvLayout
-from engine.runtime.commands import RequestEngine, Reservation
+from engine.runtime.commands import Reservation
+from kv_transfer.block_lender import BlockLender
 from kv_transfer.config import DataPlane, TransferConfig
 from kv_transfer.counters import ReceiverCounters
 from kv_transfer.lease import EndReason, Lease, LeaseState, LeaseTable
@@ -66,7 +67,7 @@ class KvReceiver:
 
     def __init__(
         self,
-        engine: RequestEngine,
+        engine: BlockLender,
         memory: KvMemory,
         *,
         receiver_id: str,

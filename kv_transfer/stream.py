@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 TICK_S = 0.2
 """How often a blocked call looks whether it should go on."""
-_BUFFER_BYTES = 4 << 20
 
 
 class StalledError(OSError):
@@ -21,12 +20,6 @@ def prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def enlarge_buffers(sock: socket.socket) -> None:
-    """Before connect or listen, so that the window scale fits."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
 
 
 def receive(

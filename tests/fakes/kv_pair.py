@@ -7,7 +7,7 @@ from typing import Any
 
 from grpc import aio
 
-from kv_transfer.config import TransferConfig
+from kv_transfer.config import DataPlane, TransferConfig
 from kv_transfer.loopback import LoopbackIntake, LoopbackWriter
 from kv_transfer.offer import Offer
 from kv_transfer.receiver import KvReceiver
@@ -59,7 +59,7 @@ async def kv_pair(
     clocks: dict[str, Any] = {} if clock is None else {"clock": clock}
     data_plane, _, detail = plane.partition("-")
     if data_plane != "loopback":
-        config = replace(config, data_plane=data_plane)
+        config = replace(config, data_plane=DataPlane(data_plane))
     local_type = DeviceMemory if detail == "from-device" else HostMemory
     remote_type = DeviceMemory if detail == "to-device" else HostMemory
     engine = FakeEngine(num_blocks=num_blocks, block_size_tokens=4)
@@ -67,12 +67,11 @@ async def kv_pair(
     async with AsyncExitStack() as stack:
         local = stack.enter_context(local_type().fill_randomly(seed=1))
         remote = stack.enter_context(remote_type(num_blocks).fill_randomly(seed=2))
-        other_planes = (LoopbackIntake(remote),) if data_plane == "loopback" else ()
+        loopback = LoopbackIntake(remote) if data_plane == "loopback" else None
 
         def open_loopback(offer: Offer, address: str) -> WriterChoice:
-            return WriterChoice(
-                LoopbackWriter(other_planes[0], slice_bytes=config.slice_bytes), None
-            )
+            assert loopback is not None
+            return WriterChoice(LoopbackWriter(loopback, slice_bytes=config.slice_bytes), None)
 
         receiver = await stack.enter_async_context(
             KvReceiver(
@@ -81,7 +80,7 @@ async def kv_pair(
                 receiver_id="decode-0",
                 model_digest="abc",
                 config=config,
-                other_planes=other_planes,
+                other_planes=(loopback,) if loopback else (),
                 **clocks,
             )
         )
@@ -94,7 +93,7 @@ async def kv_pair(
                 open_channel=open_channel,
                 config=config,
                 on_end=reports.append,
-                open_writer=open_loopback if other_planes else None,
+                open_writer=open_loopback if loopback else None,
                 **clocks,
             )
         )
