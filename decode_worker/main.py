@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from decode_worker.metrics import ReceiverCollector
 from decode_worker.servicer import DecodeServicer
 from engine.checkpoint.digest import model_digest
+from engine.checkpoint.model_id import model_id_of
 from engine.config import EngineConfig
 from engine.runtime.build import build_engine
 from engine.runtime.core_share import CoreShare
@@ -47,7 +48,7 @@ async def serve(settings: Mapping[str, Any], model_path: Path) -> None:
     digest = await asyncio.to_thread(model_digest, model_path)
     identity = WorkerIdentity.new(
         WORKER_ROLE_DECODE,
-        model_id=worker.model,
+        model_id=model_id_of(worker.model),
         model_digest=digest,
         max_context_tokens=engine.limits.max_context_tokens,
     )
