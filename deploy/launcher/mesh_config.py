@@ -31,7 +31,8 @@ class MeshConfig:
     programs: Mapping[str, Sequence[str]] = field(default_factory=lambda: dict(_PROGRAMS))
     """What Python runs for each role, before the flags."""
     ready_timeout_s: float = 120.0
-    drain_s: float = 15.0
+    drain_grace_s: float = 10.0
+    """How long answers that are open at the first Ctrl-C have to end, for each kind of process."""
 
     def __post_init__(self) -> None:
         if self.num_prefill < 0:

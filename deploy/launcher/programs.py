@@ -14,6 +14,8 @@ from deploy.launcher.ready_file import ReadyRecord
 from engine.runtime.core_share import split_cores
 
 HOST = "127.0.0.1"
+_KILL_AFTER_S = 5.0
+"""After the time that a service was given to drain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,7 @@ def redis_spec(place: MeshPlace) -> ChildSpec:
         environment=dict(os.environ),
         wait_ready=answers,
         ready_timeout_s=10.0,
-        drain_s=place.config.drain_s,
+        drain_s=_KILL_AFTER_S,
     )
 
 
@@ -114,10 +116,11 @@ def _service_spec(
     config, ready_file = place.config, place.run_dir / f"{name}.json"
 
     def command(ready: ReadyRecord | None) -> Sequence[str]:
-        common = ("--model", config.model, "--redis-url", place.redis_url)
         return (
-            *(sys.executable, *config.programs[role], *common),
-            *("--ready-file", str(ready_file), *flags(ready)),
+            *(sys.executable, *config.programs[role]),
+            *("--model", config.model, "--redis-url", place.redis_url),
+            *("--ready-file", str(ready_file), "--drain-grace-s", str(config.drain_grace_s)),
+            *flags(ready),
         )
 
     return ChildSpec(
@@ -128,5 +131,5 @@ def _service_spec(
         inherited_fds=inherited_fds,
         wait_ready=lambda pid: ready_file_written(ready_file, pid),
         ready_timeout_s=config.ready_timeout_s,
-        drain_s=config.drain_s,
+        drain_s=config.drain_grace_s + _KILL_AFTER_S,
     )

@@ -31,7 +31,6 @@ def main(state_file: str, log: str, *more: str) -> None:
         grpc_port=0,
         state_file=Path(state_file),
         programs=fake_programs(Path(log), flags),
-        drain_s=20.0,
     )
     try:
         sys.exit(asyncio.run(up.up(config, verbose=False)))

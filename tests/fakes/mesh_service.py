@@ -24,6 +24,7 @@ def options_from(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ready-file", type=Path)
     parser.add_argument("--log", type=Path)
     parser.add_argument("--home-cores")
+    parser.add_argument("--drain-grace-s", type=float)
     parser.add_argument("--stubborn", action="store_true")
     return parser.parse_args(arguments)
 

@@ -24,8 +24,8 @@ QUIET = MeshEvents(
 
 
 @pytest.fixture(autouse=True)
-def private_temp_dir(tmp_path_factory, monkeypatch):
-    """Each test sees its own run directories; the path is short enough for a unix socket."""
+def private_temp_dir(tmp_path, monkeypatch):
+    """Run directories of this test only, under a path short enough for a unix socket."""
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="it-") as folder:
@@ -41,7 +41,6 @@ def config_for(tmp_path, flags=None, **fields) -> MeshConfig:
         "grpc_port": 0,
         "state_file": tmp_path / "state.json",
         "programs": fake_programs(tmp_path / "log", flags),
-        "drain_s": 20.0,
     }
     return MeshConfig(**{**defaults, **fields})
 
@@ -164,7 +163,7 @@ async def test_a_service_that_never_serves_is_given_up(tmp_path) -> None:
 
 async def test_a_service_that_does_not_drain_is_killed_when_hurried(tmp_path) -> None:
     hurry = asyncio.Event()
-    config = config_for(tmp_path, {"decode": ("--stubborn",)}, drain_s=600.0)
+    config = config_for(tmp_path, {"decode": ("--stubborn",)}, drain_grace_s=600.0)
     async with running_mesh(config, QUIET, hurry=hurry) as mesh:
         pid = pids(mesh)["decode-0"]
         hurry.set()
