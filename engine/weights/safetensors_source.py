@@ -13,6 +13,7 @@ from engine.errors import CheckpointError
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_FLOAT_DTYPES = {"F64", "F32", "BF16", "F16"}
 _UNUSED_SUFFIX = "rotary_emb.inv_freq"
 """Old Llama checkpoints carry these; they follow from the configuration."""
 
@@ -21,6 +22,8 @@ class _TensorSlice(Protocol):
     """What `safetensors` (which has no type stubs) gives for one tensor."""
 
     def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
 
     def __getitem__(self, box: slice | tuple[slice, slice]) -> torch.Tensor: ...
 
@@ -71,6 +74,11 @@ class SafetensorsSource:
         self, name: str, dim: int = 0, start: int = 0, length: int | None = None
     ) -> torch.Tensor:
         view = self._slice(name)
+        if view.get_dtype() not in _FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{self.location(name)} is stored as {view.get_dtype()}, which is not read; "
+                "use a checkpoint in F32, BF16 or F16, or a GGUF file"
+            )
         stop = view.get_shape()[dim] if length is None else start + length
         return view[start:stop] if dim == 0 else view[:, start:stop]
 

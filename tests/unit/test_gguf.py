@@ -1,6 +1,7 @@
 """GGUF files: the header, each quantisation against the same weights in a directory, and damage."""
 
 import dataclasses
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.checkpoint import GgufFile, read_config
+from engine.checkpoint import GgufFile, default_cache_dir, read_config
+from engine.checkpoint.demo import DEMO_FILE_NAME
 from engine.errors import CheckpointError
 from engine.kernels.torch_kernels import TorchKernels
 from engine.models import load_model
 from engine.weights import open_weights
-from tests.checkpoints import tiny_checkpoint, write_gguf
+from tests.checkpoints import export_hf, tiny_checkpoint, write_gguf
 from tests.unit.test_model_parity import PROMPT, Runner, assert_close, reference_logits
 
 WIDE: dict[str, Any] = {
@@ -174,3 +176,13 @@ def test_unsupported_architecture_lists_the_supported_ones(tmp_path: Path) -> No
     writer.close()
     with pytest.raises(CheckpointError, match="'mamba' is not supported; supported are llama"):
         read_config(path)
+
+
+DEMO_PATH = default_cache_dir(os.environ) / DEMO_FILE_NAME
+
+
+@pytest.mark.skipif(not DEMO_PATH.is_file(), reason="the demo model is not in the cache")
+def test_demo_model_equals_transformers_on_its_exported_weights(tmp_path: Path) -> None:
+    directory = export_hf(DEMO_PATH, tmp_path / "demo")
+    actual = logits_of(DEMO_PATH)
+    assert_close(actual, reference_logits(directory, PROMPT, []))

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,14 @@ CASES = {
 class TinyPool:
     """The layout of `engine.kv_cache` without its pool; foreign blocks hold NaN."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
         shape = (config.num_layers, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
-        self.blocks_PLJGCA = torch.full((NUM_BLOCKS, *shape), torch.nan, dtype=dtype)
+        self.blocks_PLJGCA = torch.full((NUM_BLOCKS, *shape), torch.nan, dtype=dtype, device=device)
 
     def layer(self, index: int) -> torch.Tensor:
         return self.blocks_PLJGCA[:, index]
@@ -126,7 +132,8 @@ class Runner:
 
     def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
         self.model = model
-        self.pool = TinyPool(model.config)
+        self.device = model.norm.weight_D.device
+        self.pool = TinyPool(model.config, device=self.device)
         order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1)).tolist()
         self.sequences = [
             Track(list(prompt), order[index :: len(prompts)], len(prompt))
@@ -144,24 +151,34 @@ class Runner:
                 block = sequence.block_ids[position // BLOCK_SIZE]
                 slots.append(block * BLOCK_SIZE + position % BLOCK_SIZE)
             sequence.num_computed += count
+        with self.device:
+            batch = self._batch(chosen, tokens, positions, slots)
+        logits_TV = self.model.logits(self.model.forward(batch, self.pool))
+        return list(logits_TV.cpu().split(batch.query_lens))
+
+    @staticmethod
+    def _batch(
+        chosen: list[tuple[Track, int]],
+        tokens: list[int],
+        positions: list[int],
+        slots: list[int],
+    ) -> StepBatch:
         lens = tuple(count for _, count in chosen)
         contexts = tuple(sequence.num_computed for sequence, _ in chosen)
         width = max(-(-context // BLOCK_SIZE) for context in contexts)
-        batch = StepBatch(
+        return StepBatch(
             token_T=torch.tensor(tokens),
             position_T=torch.tensor(positions),
             slot_T=torch.tensor(slots),
             block_table_BW=torch.tensor(
                 [sequence.block_ids[:width] for sequence, _ in chosen], dtype=torch.int32
             ),
-            query_start_B1=torch.tensor([0, *torch.tensor(lens).cumsum(0)], dtype=torch.int32),
+            query_start_B1=torch.tensor([0, *accumulate(lens)], dtype=torch.int32),
             context_len_B=torch.tensor(contexts, dtype=torch.int32),
             query_lens=lens,
             context_lens=contexts,
             prompt_lens=tuple(sequence.num_prompt_tokens for sequence, _ in chosen),
         )
-        logits_TV = self.model.logits(self.model.forward(batch, self.pool))
-        return list(logits_TV.split(lens))
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -266,6 +283,22 @@ def test_a_ragged_batch_equals_each_sequence_alone(
         actual = torch.cat(got[index])
         assert len(actual) == len(expected)
         assert_close(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "llama-dynamic-past-its-context", "llama-longrope-long", "qwen3", "mistral-window"],
+)
+def test_logits_on_cuda_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
+    case, cuda = CASES[name], torch.device("cuda", 0)
+    path = tiny_checkpoint(tmp_path, case.family, **case.overrides)
+    model = load_model(path, kernels=TorchKernels(cuda), device=cuda)
+    runner = Runner(model, [[*PROMPT, *ANSWER]])
+    runner.sequences[0].num_prompt_tokens = len(PROMPT)
+    parts = [part for n in (60, 40, *(1 for _ in ANSWER)) for part in runner.step([n])]
+    assert_close(torch.cat(parts), reference_logits(path, PROMPT, ANSWER))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -60,6 +60,16 @@ def test_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
         loaded(path)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_that_are_numbers_of_another_kind_are_refused(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path = tiny_checkpoint(tmp_path)
+    edit_weights(path, lambda tensors: tensors.update({Q_NAME: tensors[Q_NAME].to(dtype)}))
+    with pytest.raises(CheckpointError, match=f"{Q_NAME} is stored as"):
+        loaded(path)
+
+
 def test_old_rotary_buffers_are_ignored(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
