@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from benchmarks.load.figures import Quantiles
-from benchmarks.load.outcome import FORMAT, Outcome, Row
+from benchmarks.load.outcome import FORMAT, Cost, Outcome, Row
 
 HEAD = (
     "load",
@@ -42,7 +42,7 @@ def serving_table(rows: Sequence[Row], *, is_markdown: bool = False) -> str:
 
 
 def serving_report(outcome: Outcome, *, is_markdown: bool = False) -> str:
-    """Where it ran, the table, the verdicts, and what spoils them: noise and errors."""
+    """Where it ran, the table, CPU time, the verdicts, and what spoils them: noise and errors."""
     machine = outcome.machine
     noise = {(row.load, row.target): row.busy_cores_before for row in outcome.rows}
     bullet = "* " if is_markdown else ""
@@ -51,6 +51,7 @@ def serving_report(outcome: Outcome, *, is_markdown: bool = False) -> str:
         + ("; quick" if outcome.is_quick else ""),
         "\n".join(f"{bullet}{name}: {words}" for name, words in outcome.loads.items()),
         serving_table(outcome.rows, is_markdown=is_markdown),
+        "\n".join(f"{bullet}{_cost(cost)}" for cost in outcome.costs if cost.cpu_s),
         "\n".join(f"{bullet}{verdict}" for verdict in outcome.verdicts),
         "\n".join(
             f"{bullet}noise: {cores:.1f} cores were busy before {load} on {target}"
@@ -64,6 +65,11 @@ def serving_report(outcome: Outcome, *, is_markdown: bool = False) -> str:
         ),
     ]
     return "\n\n".join(block for block in blocks if block)
+
+
+def _cost(cost: Cost) -> str:
+    shares = (f"{name} {used_s:.2f}" for name, used_s in sorted(cost.cpu_s.items()))
+    return f"CPU seconds of {cost.target} in {cost.load}: {', '.join(shares)}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:

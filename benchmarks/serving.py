@@ -11,113 +11,56 @@ server's prefix cache from knowing them.
 """
 
 import argparse
-import asyncio
 import secrets
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
 import uvloop
 
-from benchmarks.load.driver import Driver, Run
-from benchmarks.load.figures import figures_of
+from benchmarks.load.comparison import compare
 from benchmarks.load.mesh import started_mesh
-from benchmarks.load.outcome import Machine, Outcome, Row, write_outcome
+from benchmarks.load.outcome import Machine, Outcome, write_outcome
+from benchmarks.load.process_cpu import meter_of_state_file, no_meter
 from benchmarks.load.scenario import Load, TraceLoad, standard_loads
 from benchmarks.load.schedule import TokenRange
 from benchmarks.load.target import Target, find_target
 from benchmarks.load.verdict import verdicts_of
 from benchmarks.report import serving_report
-from engine.errors import IsthmusError
+from engine.errors import InvalidRequestError, IsthmusError
 
 MESH_NAME = "mesh"
-SETTLE_S = 0.5
-SAMPLE_S = 1.0
-Say = Callable[[str], None]
-
-
-async def measure(
-    targets: Sequence[Target],
-    loads: Sequence[Load],
-    *,
-    tokens: TokenRange,
-    seed: int,
-    num_repeats: int,
-    say: Say,
-) -> list[Row]:
-    """Play every load on every target, `num_repeats` times; the order of targets alternates."""
-    rows: list[Row] = []
-    for load in loads:
-        runs: dict[str, list[Run]] = {target.name: [] for target in targets}
-        busy_cores: dict[str, float] = {target.name: 0.0 for target in targets}
-        for repeat in range(num_repeats):
-            for target in targets if repeat % 2 == 0 else reversed(targets):
-                say(f"{load.name} on {target.name} ({repeat + 1} of {num_repeats}): {load}")
-                noise = await _busy_cores()
-                busy_cores[target.name] = max(busy_cores[target.name], noise)
-                run = await Driver(target, tokens).play(load, seed=seed + repeat)
-                runs[target.name].append(run)
-        for target in targets:
-            rows += _rows(load, target, runs[target.name], busy_cores[target.name])
-    return rows
-
-
-def _rows(load: Load, target: Target, runs: Sequence[Run], busy_cores: float) -> list[Row]:
-    num_tokens = sum(
-        answer.num_tokens
-        for run in runs
-        for window in run.windows.values()
-        for answer in window.answers
-    )
-    return [
-        Row(
-            target=target.name,
-            load=load.name,
-            phase=phase,
-            figures=figures_of([run.windows[phase] for run in runs]),
-            tokens_per_s_by_repeat=tuple(
-                figures_of([run.windows[phase]]).output_tokens_per_s for run in runs
-            ),
-            client_cpu_us_per_token=sum(run.client_cpu_s for run in runs)
-            / max(1, num_tokens)
-            * 1e6,
-            busy_cores_before=busy_cores,
-        )
-        for phase in runs[0].windows
-    ]
-
-
-async def _busy_cores() -> float:
-    """Cores that this machine keeps busy while no load of ours is running."""
-    await asyncio.sleep(SETTLE_S)
-    psutil.cpu_percent()
-    await asyncio.sleep(SAMPLE_S)
-    return psutil.cpu_percent() / 100 * (psutil.cpu_count() or 1)
 
 
 @asynccontextmanager
 async def _targets(
     options: argparse.Namespace, mesh_arguments: Sequence[str]
-) -> AsyncIterator[list[str]]:
-    """The NAME=URL texts given, after a mesh of our own if one is wanted or none was given."""
-    texts: list[str] = options.target
-    if texts and not options.start and not mesh_arguments:
-        yield texts
-        return
-    async with started_mesh(mesh_arguments) as url:
-        yield [f"{MESH_NAME}={url}", *texts]
+) -> AsyncIterator[list[Target]]:
+    """The targets given, after a mesh of our own if one is wanted or none was given."""
+    async with AsyncExitStack() as stack:
+        found: list[Target] = []
+        if options.start or mesh_arguments or not options.target:
+            mesh = await stack.enter_async_context(started_mesh(mesh_arguments))
+            meter = meter_of_state_file(mesh.state_file)
+            found.append(await find_target(f"{MESH_NAME}={mesh.url}", meter=meter))
+        for text in options.target:
+            is_ours = options.state_file and text.startswith(f"{MESH_NAME}=")
+            meter = meter_of_state_file(options.state_file) if is_ours else no_meter
+            found.append(await find_target(text, meter=meter))
+        if len({target.name for target in found}) < len(found):
+            names = ", ".join(target.name for target in found)
+            raise InvalidRequestError(f"targets must have different names, got {names}")
+        yield found
 
 
 async def run(options: argparse.Namespace, mesh_arguments: Sequence[str]) -> Outcome:
     """Do what the command line asks; the outcome is not yet printed or written."""
     loads = _chosen_loads(options)
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    async with _targets(options, mesh_arguments) as texts:
-        targets = [await find_target(text) for text in texts]
-        rows = await measure(
+    async with _targets(options, mesh_arguments) as targets:
+        trials = await compare(
             targets,
             loads,
             tokens=options.token_ids,
@@ -125,6 +68,8 @@ async def run(options: argparse.Namespace, mesh_arguments: Sequence[str]) -> Out
             num_repeats=options.repeat,
             say=lambda line: print(line, file=sys.stderr, flush=True),
         )
+    rows = [row for trial in trials for row in trial.rows()]
+    costs = [trial.cost() for trial in trials]
     return Outcome(
         started_at=started_at,
         seed=options.seed,
@@ -134,7 +79,8 @@ async def run(options: argparse.Namespace, mesh_arguments: Sequence[str]) -> Out
         targets={target.name: target.model for target in targets},
         loads={load.name: str(load) for load in loads},
         rows=tuple(rows),
-        verdicts=verdicts_of(rows, baseline=options.baseline),
+        costs=tuple(costs),
+        verdicts=verdicts_of(rows, costs, baseline=options.baseline),
     )
 
 
@@ -178,6 +124,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--target", action="append", default=[], metavar="NAME=URL", help="repeat to compare")
     add("--start", action="store_true", help="start a mesh beside the targets given")
+    add("--state-file", type=Path, metavar="FILE", help="of the target mesh: meters its CPU")
     add("--baseline", default="vllm", metavar="NAME", help="the target others are held against")
     names = [*standard_loads(is_quick=True)]
     add("--scenario", action="append", choices=names, help="repeat; all by default")

@@ -6,11 +6,12 @@ import resource
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from benchmarks.load.answer import answer_from
+from benchmarks.load.answer import Answer, answer_from
 from benchmarks.load.exchange import Exchange, perform
 from benchmarks.load.figures import Window
+from benchmarks.load.process_cpu import CpuMeter, used_between
 from benchmarks.load.scenario import ClosedLoad, Load, MixedLoad, OpenLoad, TraceLoad
 from benchmarks.load.schedule import Prompt, PromptSource, TokenRange, exchange_for
 from benchmarks.load.target import Target
@@ -25,6 +26,12 @@ class Run:
 
     windows: dict[str, Window]
     client_cpu_s: float
+    server_cpu_s: dict[str, float]
+    """By process, as far as the target's processes are known."""
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [answer for window in self.windows.values() for answer in window.answers]
 
 
 class Driver:
@@ -87,27 +94,27 @@ class Driver:
             for exchange in waiting:
                 await self._send(exchange)
 
-        with _measured() as cost:
+        with _measured(self._target.meter) as cost:
             async with asyncio.TaskGroup() as tasks:
                 for index in range(load.num_concurrent):
                     tasks.create_task(caller(), name=f"caller-{index}")
-        return Run(windows={load.name: _window_around(exchanges)}, client_cpu_s=cost.cpu_s)
+        return cost.run({load.name: _window_around(exchanges)})
 
     async def _open(self, name: str, prompts: Sequence[Prompt]) -> Run:
         exchanges = self._exchanges(prompts)
-        with _measured() as cost:
+        with _measured(self._target.meter) as cost:
             async with asyncio.TaskGroup() as tasks:
                 start_s = time.perf_counter()
                 for prompt, exchange in zip(prompts, exchanges, strict=True):
                     await _until(start_s + prompt.at_s)
                     tasks.create_task(self._send(exchange, start_s=start_s + prompt.at_s))
-        return Run(windows={name: _window_around(exchanges)}, client_cpu_s=cost.cpu_s)
+        return cost.run({name: _window_around(exchanges)})
 
     async def _mixed(self, load: MixedLoad, source: PromptSource) -> Run:
         long_exchanges = self._exchanges(
             source.prompts(load.num_long_prompts, load.long_prompt_tokens, load.long_output_tokens)
         )
-        with _measured() as cost:
+        with _measured(self._target.meter) as cost:
             async with self._streams(load, source) as alone_streams:
                 alone_s = time.perf_counter()
                 await _until(alone_s + load.phase_s)
@@ -116,12 +123,13 @@ class Driver:
                 tasks.create_task(self._every(load.long_every_s, long_exchanges))
                 await _until(start_s + load.phase_s)
                 # The streams decode on until the last long prompt is answered: outside the window.
-        windows = {
-            f"{load.name} alone": _window(alone_streams, alone_s, alone_s + load.phase_s),
-            f"{load.name} disturbed": _window(streams, start_s, start_s + load.phase_s),
-            f"{load.name} prompts": _window_around(long_exchanges),
-        }
-        return Run(windows=windows, client_cpu_s=cost.cpu_s)
+        return cost.run(
+            {
+                f"{load.name} alone": _window(alone_streams, alone_s, alone_s + load.phase_s),
+                f"{load.name} disturbed": _window(streams, start_s, start_s + load.phase_s),
+                f"{load.name} prompts": _window_around(long_exchanges),
+            }
+        )
 
     async def _every(self, period_s: float, exchanges: Sequence[Exchange]) -> None:
         start_s = time.perf_counter()
@@ -173,20 +181,26 @@ class Driver:
 
 @dataclass(slots=True)
 class _Cost:
-    cpu_s: float = 0.0
+    client_cpu_s: float = 0.0
+    server_cpu_s: dict[str, float] = field(default_factory=dict)
+
+    def run(self, windows: dict[str, Window]) -> Run:
+        return Run(windows=windows, client_cpu_s=self.client_cpu_s, server_cpu_s=self.server_cpu_s)
 
 
 @contextmanager
-def _measured() -> Iterator[_Cost]:
-    """Note this process' CPU time, and keep the garbage collector from pausing what is timed."""
+def _measured(meter: CpuMeter) -> Iterator[_Cost]:
+    """Note the CPU time used, and keep the garbage collector from pausing what is timed."""
     cost = _Cost()
     gc.collect()
     gc.disable()
+    before = meter()
     before_s = _cpu_s()
     try:
         yield cost
     finally:
-        cost.cpu_s = _cpu_s() - before_s
+        cost.client_cpu_s = _cpu_s() - before_s
+        cost.server_cpu_s = used_between(before, meter())
         gc.enable()
 
 

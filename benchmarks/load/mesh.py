@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -19,11 +20,19 @@ POLL_S = 0.1
 UP_COMMAND = (sys.executable, "-m", "deploy", "up")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StartedMesh:
+    """A mesh that serves."""
+
+    url: str
+    state_file: Path
+
+
 @asynccontextmanager
 async def started_mesh(
     arguments: Sequence[str], *, command: Sequence[str] = UP_COMMAND
-) -> AsyncIterator[str]:
-    """Run `isthmus up` with `arguments` on free ports; yields the gateway's HTTP address as a URL.
+) -> AsyncIterator[StartedMesh]:
+    """Run `isthmus up` with `arguments` on free ports, until the block is left.
 
     Raises:
         NotReadyError: it ended, or was not ready in time; its output is on this terminal.
@@ -35,7 +44,7 @@ async def started_mesh(
             *command, *ports, *arguments, stdout=sys.stderr
         )
         try:
-            yield await _ready_url(process, state_file)
+            yield StartedMesh(url=await _ready_url(process, state_file), state_file=state_file)
         finally:
             await _stop(process)
 

@@ -47,6 +47,18 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """CPU seconds that one load took of a target's processes, repeats together."""
+
+    target: str
+    load: str
+    cpu_s: dict[str, float]
+    """By process; empty where they are not known."""
+    num_requests: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """A claim with the number that decides it."""
 
@@ -78,6 +90,7 @@ class Outcome:
     loads: dict[str, str]
     """Each load in words, by name."""
     rows: tuple[Row, ...]
+    costs: tuple[Cost, ...]
     verdicts: tuple[Verdict, ...]
 
 

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
+from benchmarks.load.process_cpu import CpuMeter, no_meter
 from engine.errors import InvalidRequestError
 
 
@@ -25,9 +26,10 @@ class Target:
     host: str
     port: int
     model: str
+    meter: CpuMeter = no_meter
 
 
-async def find_target(text: str) -> Target:
+async def find_target(text: str, *, meter: CpuMeter = no_meter) -> Target:
     """Ask the server of NAME=URL for its first model.
 
     Raises:
@@ -45,4 +47,6 @@ async def find_target(text: str) -> Target:
         raise InvalidRequestError(f"{name}: no list of models at {url}: {error}") from error
     if not models:
         raise InvalidRequestError(f"{name} serves no model at {url}")
-    return Target(name=name, host=parts.hostname, port=parts.port or 80, model=models[0].id)
+    return Target(
+        name=name, host=parts.hostname, port=parts.port or 80, model=models[0].id, meter=meter
+    )

@@ -3,17 +3,22 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.load.figures import Figures, Quantiles
-from benchmarks.load.outcome import Row, Verdict
+from benchmarks.load.outcome import Cost, Row, Verdict
 
 MAX_MIXED_P99_RATIO = 2.0
 MIN_MIXED_TOKENS_KEPT = 0.8
 MAX_OPEN_P99_SHARE = 0.1
+GATEWAY_CPU_S_PER_REQUEST = 1e-3
+GATEWAY_CPU_S_PER_TOKEN = 20e-6
+GATEWAY = "gateway"
 
 FiguresOfPhases = Mapping[tuple[str, str], Figures]
 """By (target, phase)."""
 
 
-def verdicts_of(rows: Sequence[Row], *, baseline: str) -> tuple[Verdict, ...]:
+def verdicts_of(
+    rows: Sequence[Row], costs: Sequence[Cost], *, baseline: str
+) -> tuple[Verdict, ...]:
     """Each target's claims; those against `baseline` only where it was measured beside."""
     figures = {(row.target, row.phase): row.figures for row in rows}
     verdicts: list[Verdict] = []
@@ -22,7 +27,24 @@ def verdicts_of(rows: Sequence[Row], *, baseline: str) -> tuple[Verdict, ...]:
         if target != baseline:
             verdicts += _throughput(target, baseline, figures)
             verdicts += _open(target, baseline, figures)
+    verdicts += _gateway(costs)
     return tuple(verdicts)
+
+
+def _gateway(costs: Sequence[Cost]) -> Iterator[Verdict]:
+    for cost in costs:
+        used_s = [cpu_s for name, cpu_s in cost.cpu_s.items() if name.startswith(GATEWAY)]
+        allowed_s = (
+            cost.num_requests * GATEWAY_CPU_S_PER_REQUEST
+            + cost.num_tokens * GATEWAY_CPU_S_PER_TOKEN
+        )
+        if used_s:
+            yield _at_most(
+                1.0,
+                sum(used_s) / allowed_s,
+                target=cost.target,
+                claim=f"{cost.load}: gateway CPU as a share of 1 ms a request + 20 us a token",
+            )
 
 
 def _mixed(target: str, figures: FiguresOfPhases) -> Iterator[Verdict]:

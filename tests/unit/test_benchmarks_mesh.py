@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from benchmarks.load.mesh import started_mesh
+from benchmarks.load.process_cpu import meter_of_state_file, used_between
 from engine.errors import NotReadyError
 
 # Stands for `isthmus up`: a state file without addresses first, then a gateway that gets healthy.
@@ -51,10 +52,16 @@ def is_running(pid: int) -> bool:
 async def test_a_mesh_is_given_when_it_is_healthy_and_stopped_afterwards(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     command = (sys.executable, "-c", FAKE_UP)
-    async with started_mesh([str(pid_file)], command=command) as url, httpx.AsyncClient() as client:
-        assert (await client.get(f"{url}/health")).status_code == 200
+    async with (
+        started_mesh([str(pid_file)], command=command) as mesh,
+        httpx.AsyncClient() as client,
+    ):
+        assert (await http.get(f"{mesh.url}/health")).status_code == 200
         pid = int(pid_file.read_text())
         assert is_running(pid)
+        meter = meter_of_state_file(mesh.state_file)
+        assert list(used_between(meter(), meter())) == ["gateway"]
+    assert meter() == {}
     assert not is_running(pid)
 
 

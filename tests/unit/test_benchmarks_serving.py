@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from benchmarks import report, serving
+from benchmarks.load import comparison
 from benchmarks.load.driver import Driver, Run
 from benchmarks.load.figures import figures_of
 from benchmarks.load.outcome import Outcome, write_outcome
@@ -219,7 +220,7 @@ async def test_a_run_compares_targets_and_its_file_can_be_reported(
     monkeypatch.setattr(
         serving, "standard_loads", lambda *, is_quick: {"closed": CLOSED, "mixed": MIXED}
     )
-    monkeypatch.setattr(serving, "_busy_cores", half_a_core)
+    monkeypatch.setattr(comparison, "_busy_cores", half_a_core)
     async with serving_fake(FakeServer()) as mesh, serving_fake(FakeServer()) as vllm:
         options = serving.parsed(
             ["--target", f"mesh={mesh.url}", "--target", f"vllm={vllm.url}", "--repeat", "2"]

@@ -1,5 +1,7 @@
+import pytest
+
 from benchmarks.load.figures import Figures, Quantiles
-from benchmarks.load.outcome import Row
+from benchmarks.load.outcome import Cost, Row
 from benchmarks.load.verdict import verdicts_of
 
 
@@ -28,7 +30,7 @@ def row(target: str, phase: str, *, tokens_per_s: float = 100.0, p99_ms: float =
 
 
 def verdicts(*rows: Row) -> dict[str, tuple[float, bool]]:
-    found = verdicts_of(rows, baseline="vllm")
+    found = verdicts_of(rows, [], baseline="vllm")
     return {
         f"{verdict.target} {verdict.claim.partition(':')[0]} {index}": (
             round(verdict.value or 0.0, 6),
@@ -63,6 +65,19 @@ def test_claims_against_the_baseline_need_it_beside() -> None:
 
 def test_a_missing_figure_meets_no_claim() -> None:
     rows = [row("mesh", "open", p99_ms=0.0), row("vllm", "open")]
-    (verdict,) = verdicts_of(rows, baseline="vllm")
+    (verdict,) = verdicts_of(rows, [], baseline="vllm")
     assert not verdict.is_met
     assert str(verdict).endswith("no figure: not met")
+
+
+@pytest.mark.parametrize(("cpu_s", "is_met"), [(0.3, True), (0.31, False)])
+def test_gateway_cpu_is_held_against_its_budget(cpu_s: float, is_met: bool) -> None:
+    used = {"gateway-0": cpu_s, "decode-0": 99.0}
+    cost = Cost(target="mesh", load="closed", cpu_s=used, num_requests=100, num_tokens=10_000)
+    (verdict,) = verdicts_of([], [cost], baseline="vllm")
+    assert verdict.is_met is is_met
+
+
+def test_unknown_processes_make_no_claim() -> None:
+    cost = Cost(target="mesh", load="closed", cpu_s={}, num_requests=1, num_tokens=1)
+    assert verdicts_of([], [cost], baseline="vllm") == ()
