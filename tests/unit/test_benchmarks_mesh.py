@@ -54,7 +54,7 @@ async def test_a_mesh_is_given_when_it_is_healthy_and_stopped_afterwards(tmp_pat
     command = (sys.executable, "-c", FAKE_UP)
     async with (
         started_mesh([str(pid_file)], command=command) as mesh,
-        httpx.AsyncClient() as client,
+        httpx.AsyncClient() as http,
     ):
         assert (await http.get(f"{mesh.url}/health")).status_code == 200
         pid = int(pid_file.read_text())
