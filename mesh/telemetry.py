@@ -6,6 +6,7 @@ serves one request, in the message where a stream serves many.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from grpc import aio
 from opentelemetry import trace
@@ -84,7 +85,7 @@ def context_from_traceparent(traceparent: str) -> Context | None:
     return context if trace.get_current_span(context).get_span_context().is_valid else None
 
 
-def context_from_call(call: aio.ServicerContext[object, object]) -> Context | None:
+def context_from_call(call: aio.ServicerContext[Any, Any]) -> Context | None:
     """The caller's context, from the metadata of a call that serves one request."""
     for key, value in call.invocation_metadata() or ():
         if key == TRACEPARENT and isinstance(value, str):
