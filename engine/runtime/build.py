@@ -17,11 +17,28 @@ from engine.models import load_model, resolve_dtype
 from engine.parallel.axes import ParallelAxes
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine import Engine
+from engine.runtime.model_executor import ModelExecutor
 from engine.runtime.runner import ModelRunner
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
+
+
+class ModelEngine(Engine[ModelExecutor]):
+    """An engine on a model, with what workers need to know of it."""
+
+    @property
+    def runner(self) -> ModelRunner:
+        return self.executor.runner
+
+    @property
+    def kv_pool(self) -> KvPool:
+        return self.executor.runner.pool
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.executor.runner.model.config
 
 
 def resolve_device(device: str) -> torch.device:
@@ -43,7 +60,7 @@ def build_engine(
     *,
     axes: ParallelAxes | None = None,
     cores: CoreShare | None = None,
-) -> Engine:
+) -> ModelEngine:
     """Load a model, size its KV pool and put an engine together; `Engine.prepare` warms it up.
 
     Args:
@@ -98,9 +115,14 @@ def build_engine(
         hash_salt_of=model.config.rope_salt,
     )
     runner = ModelRunner(model, KvPool(layout, plan.num_blocks, device), device)
-    return Engine(
-        scheduler,
+    executor = ModelExecutor(
         runner,
+        eos_token_ids=model.config.eos_token_ids,
+        max_num_tokens=config.max_num_batched_tokens,
+    )
+    return ModelEngine(
+        scheduler,
+        executor,
         cores,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_shared_step_tokens=min(config.max_shared_step_tokens, config.max_num_batched_tokens),

@@ -20,6 +20,7 @@ from typing import Self
 _SLOT = struct.Struct("<IIQ")  # pid, is busy, bit mask of home cores
 MAX_WORKERS = 64
 SHARE_BYTES = MAX_WORKERS * _SLOT.size
+_NUM_KNOWN_CORES = 64  # bits of a mask
 _LIVENESS_INTERVAL_S = 1.0
 
 
@@ -62,8 +63,10 @@ class CoreShare:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Without `fd` there is nobody to share with: every step may use all home cores."""
-        if not home_cores or not all(0 <= core < 64 for core in home_cores):
-            raise ValueError(f"home_cores must be in [0, 64) and not empty, got {home_cores}")
+        if not home_cores:
+            raise ValueError("home_cores must not be empty")
+        if fd is not None and not all(0 <= core < _NUM_KNOWN_CORES for core in home_cores):
+            raise ValueError(f"shared home_cores must be in [0, 64), got {home_cores}")
         if not 0 <= slot < MAX_WORKERS:
             raise ValueError(f"slot must be in [0, {MAX_WORKERS}), got {slot}")
         self.home_cores = frozenset(home_cores)
@@ -158,7 +161,7 @@ class CoreShare:
 
 
 def _cores_of(mask: int) -> frozenset[int]:
-    return frozenset(core for core in range(64) if mask >> core & 1)
+    return frozenset(core for core in range(_NUM_KNOWN_CORES) if mask >> core & 1)
 
 
 def _is_alive(pid: int) -> bool:

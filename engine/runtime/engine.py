@@ -1,22 +1,17 @@
-"""One engine: scheduler, model runner and sampler. Synchronous; one thread at a time."""
+"""One engine: a scheduler and what computes its plans. Synchronous, one thread; no torch here."""
 
 import time
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
-from engine.checkpoint.config import ModelConfig
 from engine.errors import IsthmusError
-from engine.kv_cache.pool import KvPool
 from engine.request import Request
 from engine.runtime.commands import EngineEvent, EngineStats, ErrorEvent, Reservation, SequenceMode
 from engine.runtime.core_share import CoreShare
-from engine.runtime.runner import ModelRunner
-from engine.runtime.warm_up import warm_up
-from engine.sampling.history import SamplerState
-from engine.sampling.sampler import SampleRow, sample
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import Sequence
+from engine.scheduling.sequence import Sequence, SequenceState
 from engine.scheduling.step_plan import DrawnToken, StepPlan
 
 # Commands: loop -> engine thread. Each is answered by one Reply with its number.
@@ -94,25 +89,58 @@ class StepEngine(Protocol):
         """Free what it holds; nothing is called afterwards."""
 
 
-class Engine:
-    """Implements StepEngine on a real model."""
+class PlanExecutor(Protocol):
+    """Computes plans; `ModelExecutor` does it on a model, tests without one."""
+
+    def warm_up(self, num_threads: int) -> None:
+        """Compute something like the steps to come, so that no request pays for it."""
+
+    def execute(self, plan: StepPlan, drawing: Seq[Sequence], num_threads: int) -> list[DrawnToken]:
+        """Compute a plan's KV and draw a token for each drawing chunk, in their order.
+
+        Args:
+            plan: has at least one chunk.
+            drawing: the sequences of the drawing chunks.
+            num_threads: CPU threads that it may use.
+        """
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is remembered of a sequence that has ended; unknown ids are fine."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+Executor = TypeVar("Executor", bound=PlanExecutor)
+
+
+class Engine(Generic[Executor]):
+    """Implements StepEngine."""
 
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: ModelRunner,
+        executor: Executor,
         cores: CoreShare,
         *,
         max_num_batched_tokens: int,
         max_shared_step_tokens: int,
     ) -> None:
+        """Put an engine together; `build_engine` does it for a model on disk.
+
+        Args:
+            scheduler: everything it decides is computed by `executor`.
+            executor: closed with the engine.
+            cores: closed with the engine.
+            max_num_batched_tokens: of one step.
+            max_shared_step_tokens: of one step that borrows cores.
+        """
         self.limits = scheduler.limits
         self.scheduler = scheduler
-        self.runner = runner
+        self.executor = executor
         self._cores = cores
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_shared_step_tokens = max_shared_step_tokens
-        self._states: dict[str, SamplerState] = {}
         self._reserving: dict[str, int] = {}
         self._num_steps = 0
         self._step_s_total = 0.0
@@ -122,22 +150,8 @@ class Engine:
     def stats(self) -> EngineStats:
         return self._stats
 
-    @property
-    def kv_pool(self) -> KvPool:
-        return self.runner.pool
-
-    @property
-    def model_config(self) -> ModelConfig:
-        return self.runner.model.config
-
     def prepare(self) -> None:
-        warm_up(
-            self.runner,
-            max_num_tokens=self._max_num_batched_tokens,
-            max_num_sequences=self.scheduler.max_num_sequences,
-            max_context_tokens=self.limits.max_context_tokens,
-            num_threads=self._cores.most_threads,
-        )
+        self.executor.warm_up(self._cores.most_threads)
         self._cores.settle()
 
     def apply(self, command_id: int, command: Command) -> list[EngineOutput]:
@@ -161,9 +175,14 @@ class Engine:
         if not plan.chunks:
             self._stats = self._snapshot()
             return outputs or None
-        logits_BV = self.runner.run(plan, grant.num_threads)
-        drawn = sample(logits_BV, rows) if (rows := self._sample_rows(plan)) else []
-        outputs += self._book(plan, drawn)
+        drawing = [
+            self.scheduler.sequence(chunk.request_id) for chunk in plan.chunks if chunk.is_drawing
+        ]
+        drawn = self.executor.execute(plan, drawing, grant.num_threads)
+        outputs += self.scheduler.commit(plan, drawn, time.time_ns())
+        for sequence in drawing:
+            if sequence.state is SequenceState.FINISHED:
+                self.executor.forget(sequence.request_id)
         self._num_steps += 1
         self._step_s_total += time.perf_counter() - begin_s
         self._stats = self._snapshot()
@@ -174,7 +193,7 @@ class Engine:
 
     def close(self) -> None:
         self._cores.close()
-        self.runner.pool.close()
+        self.executor.close()
 
     def _carry_out(self, command_id: int, command: Command) -> list[EngineOutput]:
         scheduler, now_ns = self.scheduler, time.time_ns()
@@ -186,10 +205,10 @@ class Engine:
                     return [ErrorEvent(request.request_id, error)]
             case Abort(request_id):
                 outputs = self._give_up_reserving(request_id)
-                self._states.pop(request_id, None)
+                self.executor.forget(request_id)
                 return [*outputs, Reply(command_id, scheduler.abort(request_id))]
             case Release(request_id):
-                self._states.pop(request_id, None)
+                self.executor.forget(request_id)
                 return [Reply(command_id, scheduler.release(request_id))]
             case Reserve(request_id, num_tokens, block_hashes):
                 scheduler.reserve(request_id, num_tokens, block_hashes)
@@ -212,35 +231,6 @@ class Engine:
             Reply(self._reserving.pop(request_id), reservation)
             for request_id, reservation in granted
         ]
-
-    def _sample_rows(self, plan: StepPlan) -> list[SampleRow]:
-        sequences = [
-            self.scheduler.sequence(chunk.request_id) for chunk in plan.chunks if chunk.is_drawing
-        ]
-        return [
-            SampleRow(self._state(sequence), sequence.num_tokens, sequence.num_output_tokens)
-            for sequence in sequences
-        ]
-
-    def _state(self, sequence: Sequence) -> SamplerState:
-        state = self._states.get(sequence.request_id)
-        if state is None:
-            num_prompt = len(sequence.request.prompt_token_ids)
-            state = SamplerState(
-                sequence.request.sampling,
-                prompt_token_ids=sequence.request.prompt_token_ids,
-                output_token_ids=sequence.token_ids[num_prompt:],
-                eos_token_ids=self.scheduler.eos_token_ids,
-            )
-            self._states[sequence.request_id] = state
-        return state
-
-    def _book(self, plan: StepPlan, drawn: list[DrawnToken]) -> list[EngineEvent]:
-        events = self.scheduler.commit(plan, drawn, time.time_ns())
-        for chunk in plan.chunks:
-            if chunk.is_drawing and not self.scheduler.has_sequence(chunk.request_id):
-                del self._states[chunk.request_id]
-        return events
 
     def _snapshot(self) -> EngineStats:
         scheduler = self.scheduler

@@ -11,24 +11,17 @@ from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 _DECODE_BATCHES = (1, 8)
 
 
-def warm_up(
-    runner: ModelRunner,
-    *,
-    max_num_tokens: int,
-    max_num_sequences: int,
-    max_context_tokens: int,
-    num_threads: int,
-) -> None:
+def warm_up(runner: ModelRunner, *, max_num_tokens: int, num_threads: int) -> None:
     """Run one prefill of the largest chunk and some decode steps on blocks that nobody holds.
 
     What it leaves in the pool is never read: no block is registered in the prefix cache.
     """
     block_size = runner.pool.layout.block_size_tokens
     pool_tokens = runner.pool.num_blocks * block_size
-    num_tokens = max(1, min(max_num_tokens, max_context_tokens, pool_tokens))
+    num_tokens = min(max_num_tokens, runner.model.config.max_context_tokens, pool_tokens)
     _run(runner, [num_tokens], num_threads=num_threads)
     for num_sequences in _DECODE_BATCHES:
-        if num_sequences <= min(max_num_sequences, runner.pool.num_blocks):
+        if num_sequences <= runner.pool.num_blocks:
             _run(runner, [1] * num_sequences, num_threads=num_threads)
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -443,7 +443,20 @@ def test_a_full_pool_is_reached_without_deadlock_by_the_longest_request():
 operations = st.lists(
     st.tuples(
         st.sampled_from(
-            "local local prefill decode reserve commit cancel abort release step step step".split()
+            [
+                "local",
+                "local",
+                "prefill",
+                "decode",
+                "reserve",
+                "commit",
+                "cancel",
+                "abort",
+                "release",
+                "step",
+                "step",
+                "step",
+            ]
         ),
         st.integers(0, 5),
         st.integers(1, 24),

@@ -1,0 +1,64 @@
+"""An Engine without a model: the fake engine's tokens, and a gate that tests hold."""
+
+import threading
+from collections.abc import Sequence as Seq
+
+from engine.runtime.core_share import CoreShare
+from engine.runtime.engine import Engine
+from engine.scheduling.limits import EngineLimits
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.step_plan import DrawnToken, StepPlan
+from tests.fakes.engine import VOCAB_SIZE, next_token
+
+
+class FakeExecutor:
+    """Implements PlanExecutor.
+
+    `gate` holds steps back while it is cleared, `failure` is raised by the next step.
+    """
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.failure: BaseException | None = None
+        self.warm_up_failure: BaseException | None = None
+        self.is_closed = False
+        self.thread_names: set[str] = set()
+        self.forgotten: list[str] = []
+
+    def warm_up(self, num_threads: int) -> None:
+        if self.warm_up_failure is not None:
+            raise self.warm_up_failure
+
+    def execute(self, plan: StepPlan, drawing: Seq[Sequence], num_threads: int) -> list[DrawnToken]:
+        self.thread_names.add(threading.current_thread().name)
+        self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+        return [DrawnToken(next_token(sequence.token_ids), None) for sequence in drawing]
+
+    def forget(self, request_id: str) -> None:
+        self.forgotten.append(request_id)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def make_engine(
+    *, num_blocks: int = 64, max_num_batched_tokens: int = 64, cores: CoreShare | None = None
+) -> Engine[FakeExecutor]:
+    """An engine that draws `tests.fakes.engine.expected_tokens`."""
+    limits = EngineLimits(
+        vocab_size=VOCAB_SIZE,
+        max_context_tokens=10_000,
+        num_blocks=num_blocks,
+        block_size_tokens=16,
+    )
+    return Engine(
+        Scheduler(limits, max_num_sequences=8, eos_token_ids=frozenset()),
+        FakeExecutor(),
+        cores or CoreShare.alone(1),
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_shared_step_tokens=max_num_batched_tokens // 2,
+    )
