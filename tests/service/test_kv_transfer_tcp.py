@@ -1,0 +1,367 @@
+"""The data port believes nothing: every frame is checked against its lease before its payload."""
+
+import itertools
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from engine.errors import (
+    KvCorruptionError,
+    KvLeaseLostError,
+    LayoutMismatchError,
+    PeerUnavailableError,
+)
+from kv_transfer import frame
+from kv_transfer.blocks import SlotRange, host_blocks, source_from
+from kv_transfer.config import TransferConfig
+from kv_transfer.frame import FrameFlag, FrameHeader, PushStatus, answer_from
+from kv_transfer.plane import WritePermit, WriteStoppedError, WriteWindow
+from kv_transfer.tcp_intake import TcpIntake
+from kv_transfer.tcp_writer import TcpWriter
+from tests.fakes.clock import FakeClock
+from tests.fakes.kv_memory import TINY_LAYOUT, HostMemory
+
+EPOCH = 77
+LEASE_ID = 5
+TOKEN_BYTES = TINY_LAYOUT.bytes_per_token
+BLOCK_BYTES = TINY_LAYOUT.block_bytes
+WAIT_S = 10.0
+
+GOOD = FrameHeader(
+    flags=FrameFlag.LAST,
+    push=1,
+    lease_id=LEASE_ID,
+    epoch=EPOCH,
+    block_id=9,
+    first_slot=0,
+    num_slots=4,
+    num_bytes=BLOCK_BYTES,
+    checksum=0,
+)
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    """Wait for another thread's doing, at most WAIT_S."""
+    end_s = time.monotonic() + WAIT_S
+    while not is_so():
+        assert time.monotonic() < end_s, "it never came true"
+        time.sleep(0.002)
+
+
+@contextmanager
+def an_intake(
+    memory: HostMemory, *, timeout_s: float = 1.0, max_connections: int = 4
+) -> Iterator[TcpIntake]:
+    """Lends tokens [2, 11) of blocks 3, 9, 1 under LEASE_ID."""
+    config = TransferConfig(data_timeout_s=timeout_s, max_data_connections=max_connections)
+    intake = TcpIntake(memory, epoch=EPOCH, config=config)
+    intake.open(WriteWindow(LEASE_ID, (3, 9, 1), 2, 11))
+    try:
+        yield intake
+    finally:
+        intake.close()
+
+
+@contextmanager
+def connected(intake: TcpIntake) -> Iterator[socket.socket]:
+    with socket.create_connection((intake.offer.host, intake.offer.port), timeout=WAIT_S) as sock:
+        yield sock
+
+
+def answer_on(sock: socket.socket) -> PushStatus:
+    data = b""
+    while len(data) < frame.ANSWER_BYTES:
+        piece = sock.recv(frame.ANSWER_BYTES - len(data))
+        assert piece, "closed without an answer"
+        data += piece
+    return answer_from(data).status
+
+
+def is_closed(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def a_writer(intake: TcpIntake, *, has_checksums: bool = True) -> TcpWriter:
+    address = (intake.offer.host, intake.offer.port)
+    return TcpWriter(address, timeout_s=1.0, has_checksums=has_checksums)
+
+
+def a_permit(lease_id: int = LEASE_ID, epoch: int = EPOCH) -> WritePermit:
+    return WritePermit(lease_id, epoch, FakeClock(), 1e9)
+
+
+def written(writer: TcpWriter, local: HostMemory, parts: list[SlotRange], permit=None) -> int:
+    source = source_from(local, host_blocks(local), parts)
+    return writer.write(permit or a_permit(), source, parts)
+
+
+def test_a_good_frame_is_written_and_answered() -> None:
+    with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
+        payload = os.urandom(BLOCK_BYTES)
+        sock.sendall(GOOD.to_bytes() + payload)
+        assert answer_on(sock) is PushStatus.WRITTEN
+        assert memory.rows()[9].tobytes() == payload
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason", "status"),
+    [
+        ({"lease_id": 6}, "unknown_lease", PushStatus.LEASE_LOST),
+        ({"epoch": 78}, "stale_epoch", PushStatus.LEASE_LOST),
+        ({"block_id": 2}, "foreign_block", PushStatus.REFUSED),
+        ({"block_id": 1 << 31}, "foreign_block", PushStatus.REFUSED),
+        ({"num_slots": 0, "num_bytes": 0}, "bad_slots", PushStatus.REFUSED),
+        ({"num_slots": 5, "num_bytes": 5 * TOKEN_BYTES}, "bad_slots", PushStatus.REFUSED),
+        (
+            {"num_slots": 0xFFFFFFFF, "num_bytes": 0xFFFFFFFF},
+            "bad_slots",
+            PushStatus.REFUSED,
+        ),
+        ({"num_bytes": BLOCK_BYTES - 1}, "bad_length", PushStatus.REFUSED),
+        ({"num_bytes": 0xFFFFFFFF}, "bad_length", PushStatus.REFUSED),
+        ({"first_slot": 1}, "foreign_slots", PushStatus.REFUSED),
+        ({"first_slot": 0xFFFFFFFF}, "foreign_slots", PushStatus.REFUSED),
+        ({"block_id": 3}, "foreign_slots", PushStatus.REFUSED),  # the cached prefix
+        ({"block_id": 1}, "foreign_slots", PushStatus.REFUSED),  # beyond the last token
+    ],
+)
+def test_a_frame_outside_its_lease_closes_the_connection(changes, reason, status) -> None:
+    with HostMemory().fill_randomly(1) as memory, an_intake(memory) as intake:
+        before = memory.rows().copy()
+        with connected(intake) as sock:
+            sock.sendall(replace(GOOD, **changes).to_bytes())
+            assert answer_on(sock) is status
+            assert is_closed(sock)
+        assert intake.dropped == {reason: 1}
+        np.testing.assert_array_equal(memory.rows(), before)
+        with connected(intake) as sock:  # and the next one is served
+            sock.sendall(GOOD.to_bytes() + bytes(BLOCK_BYTES))
+            assert answer_on(sock) is PushStatus.WRITTEN
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: curl/8.0\r\nAccept: */*\r\n\r\n",
+            "bad_magic",
+        ),
+        (b"\x16\x03\x01" + bytes(200), "bad_magic"),
+        (b"ISKV\x02" + bytes(200), "bad_version"),
+        (b"ISKV\x01\xff" + bytes(200), "bad_flags"),
+    ],
+    ids=["http", "tls", "version", "flags"],
+)
+def test_garbage_is_counted_and_cut_off(data: bytes, reason: str) -> None:
+    with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
+        sock.sendall(data)
+        assert is_closed(sock)
+        assert intake.dropped == {reason: 1}
+        assert not memory.rows().any()
+
+
+@pytest.mark.parametrize("num_sent", [0, 10, frame.HEADER_BYTES, frame.HEADER_BYTES + 10])
+def test_a_stranger_that_falls_silent_is_cut_off(num_sent: int) -> None:
+    with HostMemory() as memory, an_intake(memory, timeout_s=0.1) as intake:
+        with connected(intake) as sock:
+            sock.sendall((GOOD.to_bytes() + bytes(BLOCK_BYTES))[:num_sent])
+            assert is_closed(sock)
+        assert intake.dropped == {"stalled": 1}
+        assert intake.fence(LEASE_ID, is_forced=False)
+
+
+def test_a_sender_that_is_known_may_be_idle() -> None:
+    with (
+        HostMemory() as memory,
+        an_intake(memory, timeout_s=0.1) as intake,
+        connected(intake) as sock,
+    ):
+        data = GOOD.to_bytes() + bytes(BLOCK_BYTES)
+        sock.sendall(data)
+        assert answer_on(sock) is PushStatus.WRITTEN
+        sock.settimeout(0.6)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.settimeout(WAIT_S)
+        sock.sendall(data)
+        assert answer_on(sock) is PushStatus.WRITTEN
+
+
+@pytest.mark.parametrize("num_sent", [10, frame.HEADER_BYTES, frame.HEADER_BYTES + 10])
+def test_a_truncated_frame_leaves_no_writer_behind(num_sent: int) -> None:
+    with HostMemory() as memory, an_intake(memory) as intake:
+        with connected(intake) as sock:
+            sock.sendall((GOOD.to_bytes() + bytes(BLOCK_BYTES))[:num_sent])
+        eventually(lambda: intake.dropped["broken"] == 1)
+        assert intake.fence(LEASE_ID, is_forced=False)
+
+
+def test_the_fence_waits_for_a_frame_under_way_and_cuts_it_off_when_forced() -> None:
+    with (
+        HostMemory() as memory,
+        an_intake(memory, timeout_s=60) as intake,
+        connected(intake) as sock,
+    ):
+        sock.sendall(GOOD.to_bytes() + b"x" * 10)
+        eventually(lambda: LEASE_ID in intake.gate._busy)
+        assert not intake.fence(LEASE_ID, is_forced=False)
+        assert not intake.fence(LEASE_ID, is_forced=False)
+        intake.fence(LEASE_ID, is_forced=True)
+        eventually(lambda: intake.fence(LEASE_ID, is_forced=False))
+        assert is_closed(sock)
+
+
+def test_frames_of_a_lease_that_was_taken_back_go_nowhere() -> None:
+    with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
+        assert intake.fence(LEASE_ID, is_forced=False)
+        intake.open(WriteWindow(8, (4,), 0, 4))
+        sock.sendall(GOOD.to_bytes() + b"x" * BLOCK_BYTES)
+        assert answer_on(sock) is PushStatus.LEASE_LOST
+        assert not memory.rows().any()
+        other = replace(GOOD, lease_id=8, block_id=4)  # the connection goes on
+        sock.sendall(other.to_bytes() + b"x" * BLOCK_BYTES)
+        assert answer_on(sock) is PushStatus.WRITTEN
+
+
+def test_a_damaged_payload_is_found() -> None:
+    with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
+        payload = bytearray(os.urandom(BLOCK_BYTES))
+        header = replace(
+            GOOD,
+            flags=FrameFlag.LAST | FrameFlag.CHECKSUM,
+            checksum=xxhash.xxh3_64_intdigest(payload),
+        )
+        payload[100] ^= 1
+        sock.sendall(header.to_bytes() + payload)
+        assert answer_on(sock) is PushStatus.CORRUPT
+        payload[100] ^= 1
+        sock.sendall(header.to_bytes() + payload)
+        assert answer_on(sock) is PushStatus.WRITTEN
+
+
+def test_one_damaged_frame_spoils_the_whole_push() -> None:
+    with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
+        bad = replace(GOOD, flags=FrameFlag.CHECKSUM, checksum=1)
+        sock.sendall(bad.to_bytes() + bytes(BLOCK_BYTES))
+        sock.sendall(GOOD.to_bytes() + bytes(BLOCK_BYTES))
+        assert answer_on(sock) is PushStatus.CORRUPT
+
+
+def test_too_many_connections_are_refused() -> None:
+    with HostMemory() as memory, an_intake(memory, max_connections=1) as intake:
+        with connected(intake) as first:
+            first.sendall(GOOD.to_bytes() + bytes(BLOCK_BYTES))
+            assert answer_on(first) is PushStatus.WRITTEN
+            with connected(intake) as second:
+                assert is_closed(second)
+        eventually(lambda: intake.dropped["too_many"] == 1)
+
+
+def test_the_writer_names_what_the_receiver_answered() -> None:
+    whole = [SlotRange(0, 9, 0, 4)]
+    with HostMemory() as memory, HostMemory() as local, an_intake(memory) as intake:
+        writer = a_writer(intake)
+        assert written(writer, local, whole) == BLOCK_BYTES
+        with pytest.raises(KvLeaseLostError, match="LEASE_LOST"):
+            written(writer, local, whole, a_permit(lease_id=6))
+        with pytest.raises(KvLeaseLostError, match="LEASE_LOST"):
+            written(writer, local, whole, a_permit(epoch=6))
+        with pytest.raises(LayoutMismatchError, match="REFUSED"):
+            written(writer, local, [SlotRange(0, 8, 0, 4)])
+        assert written(writer, local, [SlotRange(0, 9, 1, 2)]) == 2 * TOKEN_BYTES
+        writer.close()
+
+
+def test_damage_on_the_way_is_named(monkeypatch) -> None:
+    with HostMemory() as memory, HostMemory() as local, an_intake(memory) as intake:
+        writer = a_writer(intake)
+        digests = itertools.count()  # each end finds another one
+        monkeypatch.setattr(xxhash, "xxh3_64_intdigest", lambda data: next(digests))
+        with pytest.raises(KvCorruptionError):
+            written(writer, local, [SlotRange(0, 9, 0, 4)])
+        writer.close()
+
+
+def test_the_writer_connects_again_when_its_connection_has_gone() -> None:
+    whole = [SlotRange(0, 9, 0, 4)]
+    with HostMemory() as memory, HostMemory().fill_randomly(1) as local:
+        with an_intake(memory) as intake:
+            writer = a_writer(intake)
+            written(writer, local, whole)
+            assert writer._socket is not None
+            writer._socket.shutdown(socket.SHUT_RDWR)
+            assert written(writer, local, whole) == BLOCK_BYTES
+        with pytest.raises(PeerUnavailableError, match="data port"):
+            written(writer, local, whole)
+        writer.close()
+        np.testing.assert_array_equal(memory.rows()[9], local.rows()[0])
+
+
+@pytest.mark.parametrize("reply", [b"", b"x" * 100, None], ids=["closes", "garbage", "silence"])
+def test_a_receiver_that_is_none_is_unavailable(reply: bytes | None) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, HostMemory() as local:
+
+        def serve() -> None:
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(1 << 20)
+                if reply is not None:
+                    sock.sendall(reply)
+                    return
+                while sock.recv(1 << 20):
+                    pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        writer = TcpWriter(listener.getsockname(), timeout_s=0.5, has_checksums=True)
+        with pytest.raises(PeerUnavailableError):
+            written(writer, local, [SlotRange(0, 9, 0, 4)])
+        writer.close()
+        thread.join(WAIT_S)
+
+
+def test_a_write_that_is_stuck_ends_when_it_is_stopped() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, HostMemory() as local:
+        writer = TcpWriter(listener.getsockname(), timeout_s=60, has_checksums=True)
+        permit = a_permit()
+        outcome: list[BaseException] = []
+
+        def write() -> None:
+            try:
+                written(writer, local, [SlotRange(0, 9, 0, 4)], permit)
+            except WriteStoppedError as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        sock, _ = listener.accept()
+        with sock:
+            assert sock.recv(1)
+            permit.stopped.set()
+            thread.join(WAIT_S)
+        assert not thread.is_alive()
+        assert len(outcome) == 1
+        writer.close()
+
+
+def test_closing_leaves_no_thread_and_no_descriptor() -> None:
+    with HostMemory() as memory:
+        fds, threads = set(Path("/proc/self/fd").iterdir()), set(threading.enumerate())
+        with an_intake(memory) as intake, connected(intake) as idle, connected(intake) as busy:
+            busy.sendall(GOOD.to_bytes() + b"x" * 10)
+            idle.sendall(GOOD.to_bytes() + bytes(BLOCK_BYTES))
+            assert answer_on(idle) is PushStatus.WRITTEN
+        assert set(threading.enumerate()) == threads
+        assert set(Path("/proc/self/fd").iterdir()) == fds
