@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from kv_transfer.plane import WritePermit, WriteStoppedError, WriteWindow
 from kv_transfer.tcp_intake import TcpIntake
 from kv_transfer.tcp_writer import TcpWriter
 from tests.fakes.clock import FakeClock
+from tests.fakes.descriptors import open_things
 from tests.fakes.kv_memory import TINY_LAYOUT, HostMemory
 
 EPOCH = 77
@@ -358,10 +358,10 @@ def test_a_write_that_is_stuck_ends_when_it_is_stopped() -> None:
 
 def test_closing_leaves_no_thread_and_no_descriptor() -> None:
     with HostMemory() as memory:
-        fds, threads = set(Path("/proc/self/fd").iterdir()), set(threading.enumerate())
+        before = open_things()
         with an_intake(memory) as intake, connected(intake) as idle, connected(intake) as busy:
             busy.sendall(GOOD.to_bytes() + b"x" * 10)
             idle.sendall(GOOD.to_bytes() + bytes(BLOCK_BYTES))
             assert answer_on(idle) is PushStatus.WRITTEN
-        assert set(threading.enumerate()) == threads
-        assert set(Path("/proc/self/fd").iterdir()) == fds
+            assert open_things() > before
+        assert open_things() <= before
