@@ -18,7 +18,9 @@ _FINISH_TO_PB: dict[FinishReason, sampling_pb2.FinishReason] = {
     FinishReason.ABORTED: sampling_pb2.FINISH_REASON_ABORTED,
     FinishReason.ERROR: sampling_pb2.FINISH_REASON_ERROR,
 }
-_FINISH_FROM_PB = {value: reason for reason, value in _FINISH_TO_PB.items()}
+_FINISH_FROM_PB: dict[int, FinishReason] = {
+    value: reason for reason, value in _FINISH_TO_PB.items()
+}
 
 # field -> (default, whether a value is in range, the range in words); NaN fails every comparison.
 _FLOAT_FIELDS: dict[str, tuple[float, Callable[[float], bool], str]] = {
@@ -144,7 +146,7 @@ def finish_reason_to_pb(reason: FinishReason | None) -> sampling_pb2.FinishReaso
     return sampling_pb2.FINISH_REASON_UNSPECIFIED if reason is None else _FINISH_TO_PB[reason]
 
 
-def finish_reason_from_pb(value: sampling_pb2.FinishReason) -> FinishReason | None:
+def finish_reason_from_pb(value: int) -> FinishReason | None:
     """None: not ended. A value of a later protocol version counts as STOP: the answer has ended."""
     if value == sampling_pb2.FINISH_REASON_UNSPECIFIED:
         return None
