@@ -109,6 +109,7 @@ class FakeWorker:
     model_id: str = "fake-model"
     max_context_tokens: int = 4096
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     role = registry_pb2.WORKER_ROLE_UNSPECIFIED
 
@@ -136,6 +137,16 @@ class FakeWorker:
     async def die(self) -> None:
         """Cut every connection at once."""
         await self._stack.aclose()
+
+    def note(self) -> None:
+        """Something that a test may wait for has changed."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        """Wait until `is_so`, looking whenever something has changed here."""
+        while not is_so():
+            await self._changed.wait()
 
     def draw(self, prompt: Sequence[int], position: int, sampling: SamplingParams) -> int:
         return self.next_token(prompt, position, sampling.seed)
@@ -216,6 +227,7 @@ class FakeDecodeWorker(FakeWorker):
         sequence = self.open_sequences.pop(request_id, None)
         if sequence is not None and sequence.task is not None:
             sequence.task.cancel()
+        self.note()
         return 1 if sequence is not None or was_reserved else 0
 
     async def run(self, sequence: OpenSequence) -> None:
@@ -298,6 +310,7 @@ class _DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             return
         submit = request.submit
         worker.submitted.append(submit)
+        worker.note()
         if worker.fail_next:
             code, text = status_of(worker.fail_next.pop(0))
             await outputs.put(
@@ -310,6 +323,7 @@ class _DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         mine.add(submit.request_id)
         sequence = OpenSequence(submit, outputs, worker.committed(submit.request_id))
         worker.open_sequences[submit.request_id] = sequence
+        worker.note()
         sequence.task = tasks.create_task(worker.run(sequence))
 
     async def _write(
@@ -387,10 +401,12 @@ class _PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         if worker.fail_next:
             raise worker.fail_next.pop(0)
         worker.open_sequences.add(request.request_id)
+        worker.note()
         try:
             await self._run(request, context)
         finally:
             worker.open_sequences.discard(request.request_id)
+            worker.note()
 
     async def _run(
         self,
@@ -457,6 +473,7 @@ class _PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         context: aio.ServicerContext[prefill_pb2.AbortRequest, prefill_pb2.AbortResponse],
     ) -> prefill_pb2.AbortResponse:
         self._worker.aborted.append(request.request_id)
+        self._worker.note()
         was_open = request.request_id in self._worker.open_sequences
         return prefill_pb2.AbortResponse(num_freed_blocks=int(was_open))
 
