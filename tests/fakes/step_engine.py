@@ -15,12 +15,14 @@ from tests.fakes.engine import VOCAB_SIZE, next_token
 class FakeExecutor:
     """Implements PlanExecutor.
 
-    `gate` holds steps back while it is cleared, `failure` is raised by the next step.
+    `gate` holds steps back while it is cleared, `entered` is set by every step before that, and
+    `failure` is raised by the next step.
     """
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.entered = threading.Event()
         self.failure: BaseException | None = None
         self.warm_up_failure: BaseException | None = None
         self.is_closed = False
@@ -33,6 +35,7 @@ class FakeExecutor:
 
     def execute(self, plan: StepPlan, drawing: Seq[Sequence], num_threads: int) -> list[DrawnToken]:
         self.thread_names.add(threading.current_thread().name)
+        self.entered.set()
         self.gate.wait()
         if self.failure is not None:
             raise self.failure

@@ -1,0 +1,260 @@
+"""A whole engine on small random checkpoints: however the work is cut, the tokens are the same."""
+
+import random
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import CheckpointError
+from engine.kv_cache.pool_plan import KvPoolTooSmallError
+from engine.request import FinishReason, Request, SamplingParams
+from engine.runtime.build import ModelEngine, build_engine
+from engine.runtime.commands import ErrorEvent, Reservation, SequenceMode, TokenEvent
+from engine.runtime.core_share import CoreShare
+from engine.runtime.engine import CommitReservation, Reply, Reserve, Submit
+from engine.scheduling.block_hash import block_hashes
+from tests.checkpoints import tiny_checkpoint
+
+LOCAL, PREFILL, DECODE = SequenceMode.LOCAL, SequenceMode.PREFILL, SequenceMode.DECODE
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def make_engine(checkpoint):
+    """Build engines that are closed after the test."""
+    engines: list[ModelEngine] = []
+
+    def make(**changes) -> ModelEngine:
+        defaults = {
+            "dtype": "float32",
+            "device": "cpu",
+            "kv_pool_bytes": 1 << 24,
+            "max_num_sequences": 16,
+            "max_shared_step_tokens": 64,
+            "num_threads": 1,
+        }
+        engine = build_engine(checkpoint, EngineConfig(**{**defaults, **changes}))
+        engine.prepare()
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def make_prompts(lengths, seed=0) -> list[tuple[int, ...]]:
+    rng = random.Random(seed)
+    return [tuple(rng.randrange(3, 384) for _ in range(length)) for length in lengths]
+
+
+def make_request(request_id, prompt, *, max_tokens=12, **sampling) -> Request:
+    params = SamplingParams(
+        max_tokens=max_tokens, ignore_eos=True, **{"temperature": 0.0, **sampling}
+    )
+    return Request(request_id=request_id, prompt_token_ids=prompt, sampling=params)
+
+
+def run(engine: ModelEngine, requests, mode=LOCAL) -> dict[str, list[int]]:
+    """Submit all at once, step until nothing runs."""
+    tokens: dict[str, list[int]] = {}
+    for request in requests:
+        engine.limits.check_request(request, mode)
+        collect(engine.apply(0, Submit(request, mode)), tokens)
+    while (outputs := engine.step()) is not None:
+        collect(outputs, tokens)
+    engine.scheduler.check_conservation()
+    return tokens
+
+
+def collect(outputs, tokens) -> None:
+    for output in outputs:
+        if isinstance(output, ErrorEvent):
+            raise output.error
+        if isinstance(output, TokenEvent):
+            tokens.setdefault(output.request_id, []).append(output.token_id)
+
+
+PROMPTS = make_prompts([1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 150, 200, 300])
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint):
+    """Each prompt's greedy answer, computed alone, whole, without a prefix cache."""
+    config = EngineConfig(
+        dtype="float32",
+        device="cpu",
+        kv_pool_bytes=1 << 24,
+        num_threads=1,
+        has_prefix_cache=False,
+    )
+    engine = build_engine(checkpoint, config)
+    answers = [run(engine, [make_request("a", prompt)])["a"] for prompt in PROMPTS]
+    engine.close()
+    return answers
+
+
+def test_greedy_tokens_equal_those_of_transformers(checkpoint, alone):
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    for prompt, answer in zip(PROMPTS, alone, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            output = reference.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=12,
+                min_new_tokens=12,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+        assert output[0, len(prompt) :].tolist() == answer
+
+
+@pytest.mark.parametrize("has_prefix_cache", [True, False])
+def test_batch_of_16_equals_each_alone(make_engine, alone, has_prefix_cache):
+    engine = make_engine(has_prefix_cache=has_prefix_cache)
+    tokens = run(engine, [make_request(str(i), prompt) for i, prompt in enumerate(PROMPTS)])
+    assert [tokens[str(i)] for i in range(16)] == alone
+
+
+def test_chunked_prefill_equals_whole_prefill(make_engine, alone):
+    engine = make_engine(max_num_batched_tokens=48, max_num_sequences=4, max_shared_step_tokens=48)
+    tokens = run(engine, [make_request(str(i), prompt) for i, prompt in enumerate(PROMPTS)])
+    assert [tokens[str(i)] for i in range(16)] == alone
+    assert engine.stats.num_prefill_tokens == sum(map(len, PROMPTS))
+
+
+def test_prefix_hit_draws_the_same_tokens(make_engine, alone):
+    engine = make_engine()
+    run(engine, [make_request("first", PROMPTS[-1])])
+    again = run(engine, [make_request("again", PROMPTS[-1])])
+    assert engine.stats.num_prefix_hit_tokens == 288
+    assert again["again"] == alone[-1]
+
+
+def test_preemption_draws_the_same_tokens(make_engine, alone):
+    engine = make_engine(
+        kv_pool_bytes=24 * 16 * 3 * 2 * 2 * 16 * 4,  # 24 blocks of 16 tokens
+        max_context_tokens=350,
+    )
+    assert engine.stats.num_blocks == 24
+    picked = [5, 6, 7, 8, 9, 10]
+    requests = [make_request(str(i), PROMPTS[i], max_tokens=40) for i in picked]
+    tokens = run(engine, requests)
+    assert engine.stats.num_preemptions > 0
+    for i in picked:
+        assert tokens[str(i)][:12] == alone[i]
+    assert engine.stats.num_free_blocks == 24
+
+
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "repetition_penalty": 1.1}
+
+
+def hand_over(prefill: ModelEngine, decode: ModelEngine, request: Request) -> list[int]:
+    """Join two engines as kv_transfer does: reserve, copy blocks, commit."""
+    request_id, prompt = request.request_id, request.prompt_token_ids
+    first = run(prefill, [request], PREFILL)[request_id]
+    held = prefill.scheduler.sequence(request_id).block_ids
+    hashes = tuple(block_hashes(prompt, 16))
+    outputs = decode.apply(5, Reserve(request_id, len(prompt), hashes))
+    (reply,) = outputs
+    assert isinstance(reply, Reply)
+    reservation = reply.result
+    assert isinstance(reservation, Reservation)
+    skip = reservation.num_cached_tokens // 16
+    if held[skip:]:
+        data = prefill.kv_pool.read_blocks(held[skip:])
+        decode.kv_pool.write_blocks(reservation.block_ids[skip:], data)
+    tokens: dict[str, list[int]] = {}
+    collect(decode.apply(6, CommitReservation(request_id, first[0])), tokens)
+    rest = run(decode, [request], DECODE)
+    prefill.scheduler.release(request_id)
+    return [*first, *rest.get(request_id, [])]
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prefill_and_decode_engines_joined_equal_one_engine(make_engine, dtype, sampling):
+    one, prefill, decode = (make_engine(dtype=dtype) for _ in range(3))
+    for index, prompt in enumerate(PROMPTS):
+        request = make_request(str(index), prompt, **sampling)
+        assert hand_over(prefill, decode, request) == run(one, [request])[str(index)]
+    assert decode.stats.num_prefill_tokens == 0
+    assert decode.stats.num_decode_tokens == 11 * len(PROMPTS)
+
+
+def test_reservation_with_a_cached_prefix_needs_only_the_rest(make_engine, alone):
+    prefill, decode = make_engine(), make_engine()
+    assert hand_over(prefill, decode, make_request("a", PROMPTS[-1])) == alone[-1]
+    assert hand_over(prefill, decode, make_request("b", PROMPTS[-1])) == alone[-1]
+    assert decode.stats.num_prefix_hit_tokens == 288
+    assert decode.stats.num_prefill_tokens == 0
+
+
+def test_migrated_sequence_goes_on_with_the_same_tokens(make_engine):
+    engine = make_engine()
+    whole = make_request("whole", PROMPTS[9], max_tokens=20, **SAMPLED)
+    answer = run(engine, [whole])["whole"]
+    rest = Request(
+        request_id="rest",
+        prompt_token_ids=whole.prompt_token_ids,
+        output_token_ids=tuple(answer[:8]),
+        sampling=whole.sampling,
+    )
+    assert run(make_engine(), [rest])["rest"] == answer[8:]
+
+
+def test_sampled_tokens_do_not_depend_on_the_batch(make_engine):
+    engine = make_engine(has_prefix_cache=False)
+    requests = [
+        make_request(str(i), prompt, temperature=1.0, seed=i, top_p=0.9 if i % 2 else 1.0)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    together = run(engine, requests)
+    for index, request in enumerate(requests):
+        assert run(engine, [request])[str(index)] == together[str(index)]
+
+
+def test_context_end_is_a_length_finish(make_engine):
+    engine = make_engine(max_context_tokens=120)
+    request = make_request("a", PROMPTS[11], max_tokens=20)
+    engine.apply(0, Submit(request, LOCAL))
+    outputs = []
+    while (stepped := engine.step()) is not None:
+        outputs += stepped
+    last = outputs[-1]
+    assert isinstance(last, TokenEvent)
+    assert last.finish_reason is FinishReason.LENGTH
+    assert len(outputs) == 20
+
+
+def test_pool_too_small_for_one_context_names_what_to_change(checkpoint):
+    config = EngineConfig(dtype="float32", device="cpu", kv_pool_bytes=1 << 16)
+    with pytest.raises(KvPoolTooSmallError, match="kv_pool_bytes"):
+        build_engine(checkpoint, config)
+
+
+def test_context_above_the_models_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="max_context_tokens"):
+        build_engine(checkpoint, EngineConfig(device="cpu", max_context_tokens=100_000))
+
+
+def test_missing_model_is_a_checkpoint_error(tmp_path):
+    with pytest.raises(CheckpointError):
+        build_engine(tmp_path / "nothing", EngineConfig(device="cpu"), cores=CoreShare([0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_engine_draws_the_same_tokens_as_the_cpu(make_engine, alone):
+    engine = make_engine(device="cuda", kv_pool_bytes=1 << 24)
+    tokens = run(engine, [make_request(str(i), prompt) for i, prompt in enumerate(PROMPTS)])
+    assert [tokens[str(i)] for i in range(16)] == alone
