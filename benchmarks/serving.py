@@ -11,9 +11,11 @@ server's prefix cache from knowing them.
 """
 
 import argparse
+import asyncio
 import secrets
+import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +34,7 @@ from benchmarks.report import serving_report
 from engine.errors import InvalidRequestError, IsthmusError
 
 MESH_NAME = "mesh"
+INTERRUPTED = 130
 
 
 @asynccontextmanager
@@ -150,12 +153,23 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+async def _until_terminated(work: Coroutine[None, None, Outcome]) -> Outcome:
+    """Let SIGTERM end the work as Ctrl-C does, so that a mesh of ours is stopped with us."""
+    task = asyncio.current_task()
+    assert task is not None, "a coroutine runs in a task"
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await work
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run from the command line; returns the exit status: 0 unless something failed to run."""
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parsed(arguments[:split])
     try:
-        outcome = uvloop.run(run(options, arguments[split + 1 :]))
+        outcome = uvloop.run(_until_terminated(run(options, arguments[split + 1 :])))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("benchmarks.serving: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except (IsthmusError, ConnectionError) as error:
         print(f"benchmarks.serving: {error}", file=sys.stderr)
         return 1

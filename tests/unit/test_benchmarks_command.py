@@ -43,3 +43,12 @@ def test_a_count_of_nothing_is_a_usage_error(
     with pytest.raises(SystemExit):
         serving.parsed([option, "0"])
     assert option in capsys.readouterr().err
+
+
+def test_a_target_that_cannot_be_measured_is_one_line_and_a_status(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert serving.main(["--target", "nothing"]) == 1
+    assert capsys.readouterr().err == (
+        "benchmarks.serving: --target must be NAME=http://HOST:PORT, got 'nothing'\n"
+    )
