@@ -45,17 +45,17 @@ def test_cores_are_split_evenly(cores, num_workers, expected):
 def test_a_worker_alone_uses_all_that_it_was_given():
     share = CoreShare([0, 1, 2])
     grant = share.begin_step()
-    assert (grant.num_threads, grant.cores, grant.is_borrowing) == (3, {0, 1, 2}, False)
+    assert (grant.num_threads, grant.cores, grant.is_borrowing) == (3, frozenset({0, 1, 2}), False)
     assert CoreShare([0, 1, 2], max_threads=2).begin_step().num_threads == 2
 
 
 def test_idle_cores_are_borrowed_and_given_back_at_the_next_step(fd):
     prefill, decode = CoreShare([0], fd=fd, slot=0), CoreShare([1], fd=fd, slot=1)
     grant = prefill.begin_step()
-    assert (grant.cores, grant.is_borrowing) == ({0, 1}, True)
+    assert (grant.cores, grant.is_borrowing) == (frozenset({0, 1}), True)
     assert decode.begin_step().cores == {1}
     grant = prefill.begin_step()
-    assert (grant.cores, grant.is_borrowing) == ({0}, False)
+    assert (grant.cores, grant.is_borrowing) == (frozenset({0}), False)
     decode.rest()
     assert prefill.begin_step().cores == {0, 1}
     prefill.rest()

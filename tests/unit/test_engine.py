@@ -1,6 +1,7 @@
 """A whole engine on small random checkpoints: however the work is cut, the tokens are the same."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def alone(checkpoint):
 def test_greedy_tokens_equal_those_of_transformers(checkpoint, alone):
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    reference: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     for prompt, answer in zip(PROMPTS, alone, strict=True):
         ids = torch.tensor([prompt])
         with torch.inference_mode():

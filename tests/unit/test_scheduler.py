@@ -15,7 +15,13 @@ from engine.errors import (
     UnknownRequestError,
 )
 from engine.request import FinishReason, Request, SamplingParams
-from engine.runtime.commands import ErrorEvent, KvComputedEvent, SequenceMode, TokenEvent
+from engine.runtime.commands import (
+    ErrorEvent,
+    KvComputedEvent,
+    Reservation,
+    SequenceMode,
+    TokenEvent,
+)
 from engine.scheduling.block_hash import block_hashes
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.scheduler import Scheduler
@@ -51,7 +57,7 @@ class Driver:
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, FinishReason] = {}
         self.announced: dict[str, list[tuple[int, int]]] = {}
-        self.granted = {}
+        self.granted: dict[str, Reservation] = {}
         self.known: dict[str, list[int]] = {}
         self.now_ns = 0
 
