@@ -20,6 +20,8 @@ from opentelemetry.util.types import AttributeValue
 TRACEPARENT = "traceparent"
 OTLP_ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 _EXPORT_DELAY_MS = 500
+_EXPORT_TIMEOUT_S = 2
+"""For one batch; a collector that is gone holds the end of the process up for about as long."""
 _PROPAGATOR = TraceContextTextMapPropagator()
 
 
@@ -47,7 +49,12 @@ def exporting_spans(
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
         insecure = not otlp_endpoint.startswith("https://")
-        exporter = OTLPSpanExporter(endpoint=otlp_endpoint, insecure=insecure)
+        exporter = OTLPSpanExporter(
+            endpoint=otlp_endpoint,
+            insecure=insecure,
+            timeout=_EXPORT_TIMEOUT_S,
+            channel_options=(("grpc.enable_http_proxy", 0),),  # type: ignore[arg-type]  # int is right
+        )
     resource = Resource.create({"service.name": service_name, "service.instance.id": instance_id})
     provider = TracerProvider(resource=resource)
     provider.add_span_processor(
