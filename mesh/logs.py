@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -14,8 +15,12 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
+_WORD = re.compile(r"(?<!\S)([a-z][a-z0-9_]*)=(\S+)")
+_OWN_KEYS = frozenset({"time", "level", "service", "logger", "message", "traceback"})
+
+
 class JsonFormatter(logging.Formatter):
-    """One object a line; `key=value` words of the message stay in the message."""
+    """One object a line; `key=value` words of the message, as request_id=, are fields too."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -27,8 +32,9 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "service": self._service,
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": (message := record.getMessage()),
         }
+        line |= {key: value for key, value in _WORD.findall(message) if key not in _OWN_KEYS}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

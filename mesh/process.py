@@ -1,4 +1,4 @@
-"""The life of a service process: how it starts, is asked to stop, fails and says that it is ready."""
+"""The life of a service process: how it starts, says that it is ready, stops and fails."""
 
 import asyncio
 import json
@@ -13,6 +13,7 @@ from typing import Any
 import uvloop
 
 from engine.errors import IsthmusError
+from mesh.status import deliberate_error
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,11 @@ def run_service(main: Coroutine[Any, Any, None]) -> int:
 
 def report_failure(error: Exception) -> int:
     """Print why a service ends; returns the exit status."""
-    while isinstance(error, ExceptionGroup):  # a TaskGroup wraps even a single failure
-        error = error.exceptions[0]
-    if isinstance(error, IsthmusError | ValueError):
-        print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    cause = deliberate_error(error)
+    if isinstance(cause, IsthmusError | ValueError):
+        print(f"error: {' '.join(str(cause).split())}", file=sys.stderr, flush=True)  # noqa: T201
     else:
-        logger.error("the service failed", exc_info=error)
+        logger.error("the service failed", exc_info=cause)
     return START_FAILED
 
 

@@ -145,7 +145,10 @@ def _guarded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
         except Exception as error:
             code, text = status_of(error)
             if code is StatusCode.INTERNAL:
-                logger.exception("rpc failed")
+                request_id = getattr(request, "request_id", "")  # a stream of requests has none
+                logger.exception(
+                    "rpc failed method=%s request_id=%s", method.__qualname__, request_id
+                )
             await context.abort(code, text, trailing_metadata=_trailers(error))
 
     return guarded
