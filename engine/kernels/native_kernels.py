@@ -14,12 +14,14 @@ import torch
 
 from engine.kernels.interface import HeadShape, PackedLinear
 from engine.kernels.native_library import NativeLibrary
-from engine.kernels.weight_memory import WeightMemory
+from engine.kernels.page_memory import PageMemory, ResultMemory
 from engine.kv_cache.batch import StepBatch
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 NUM_ROWS_FEW = 16
 """Up to this many rows an operation on rows is over in microseconds."""
+NUM_ELEMENTS_LARGE = 65536
+"""From this size on a result lies in memory of our own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,8 @@ class NativeKernels:
         self._library = library
         self._dtype = dtype
         self._code = DTYPE_CODES[dtype]
-        self._memory = WeightMemory()
+        self._weights = PageMemory()
+        self._results = ResultMemory()
         self._num_threads = 1
         self._num_torch_threads = 0
         self._kv_key: tuple[object, ...] = ()
@@ -58,7 +61,8 @@ class NativeKernels:
         weight_FD = weight_FD.detach().to(self._dtype)
         if weight_FD.stride(1) != 1:
             weight_FD = weight_FD.contiguous()
-        memory = self._memory.take(self._library.packed_bytes(self._code, num_out, inner))
+        num_bytes = self._library.packed_bytes(self._code, num_out, inner)
+        memory = torch.frombuffer(self._weights.take(num_bytes), dtype=torch.uint8)
         self._library.pack(
             self._code,
             *(weight_FD.data_ptr(), weight_FD.stride(0), num_out, inner, memory.data_ptr()),
@@ -69,12 +73,12 @@ class NativeKernels:
         return PackedLinear(inner, num_out, panels, bias_F)
 
     def linear(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-        y_TF = torch.empty((x_TD.shape[0], packed.out_features), dtype=self._dtype)
+        y_TF = self._empty(x_TD.shape[0], packed.out_features, self._dtype)
         self._linear_into(y_TF, 0, x_TD, packed)
         return y_TF
 
     def linear_float32(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-        y_TF = torch.empty((x_TD.shape[0], packed.out_features), dtype=torch.float32)
+        y_TF = self._empty(x_TD.shape[0], packed.out_features, torch.float32)
         self._linear_into(y_TF, 1, x_TD, packed)
         return y_TF
 
@@ -114,7 +118,7 @@ class NativeKernels:
         assert weight_D.dtype is self._dtype, weight_D.dtype
         assert stride == 1, stride
         assert weight_D.shape == (dim,), weight_D.shape
-        y_TD = torch.empty((num_rows, dim), dtype=self._dtype)
+        y_TD = self._empty(num_rows, dim, self._dtype)
         library = self._library
         call = library.rms_norm_few if num_rows <= NUM_ROWS_FEW else library.rms_norm
         call(
@@ -128,7 +132,7 @@ class NativeKernels:
         assert gate_up_TF.dtype is self._dtype, gate_up_TF.dtype
         assert gate_up_TF.is_contiguous()
         assert width % 2 == 0, width
-        y_TF = torch.empty((num_rows, width // 2), dtype=self._dtype)
+        y_TF = self._empty(num_rows, width // 2, self._dtype)
         library = self._library
         call = library.silu_mul_few if num_rows <= NUM_ROWS_FEW else library.silu_mul
         call(
@@ -163,7 +167,8 @@ class NativeKernels:
         assert sin_TA.is_contiguous()
         assert batch.slot_T.shape == (num_rows,), batch.slot_T.shape
         kv_shape = self._shape_of(kv_PJGCA)
-        q_THA = torch.empty((num_rows, heads.num_heads, heads.head_dim), dtype=self._dtype)
+        q_TF = self._empty(num_rows, heads.num_heads * heads.head_dim, self._dtype)
+        q_THA = q_TF.view(num_rows, heads.num_heads, heads.head_dim)
         library = self._library
         call = library.rope_few if num_rows <= NUM_ROWS_FEW else library.rope
         call(
@@ -188,15 +193,21 @@ class NativeKernels:
         assert q_THA.shape[2] == kv_PJGCA.shape[4], (q_THA.shape, kv_PJGCA.shape)
         assert q_THA.shape[1] % kv_PJGCA.shape[2] == 0, (q_THA.shape, kv_PJGCA.shape)
         kv_shape = self._shape_of(kv_PJGCA)
-        o_THA = torch.empty_like(q_THA)
+        num_rows, num_heads, head_dim = q_THA.shape
+        o_THA = self._empty(num_rows, num_heads * head_dim, self._dtype).view(q_THA.shape)
         table_BW = batch.block_table_BW
         self._library.attention(
             *(self._code, q_THA.data_ptr(), o_THA.data_ptr(), kv_PJGCA.data_ptr(), kv_shape),
-            *(q_THA.shape[1], table_BW.data_ptr(), table_BW.stride(0)),
+            *(num_heads, table_BW.data_ptr(), table_BW.stride(0)),
             *(batch.query_start_B1.data_ptr(), batch.context_len_B.data_ptr()),
             *(len(batch.query_lens), window or 0, scale, self._num_threads),
         )
         return o_THA
+
+    def _empty(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        if num_rows * width < NUM_ELEMENTS_LARGE:
+            return torch.empty((num_rows, width), dtype=dtype)
+        return self._results.empty(num_rows * width, dtype).view(num_rows, width)
 
     def _norm_address(self, norm_A: torch.Tensor | None, heads: HeadShape) -> int | None:
         if norm_A is None:

@@ -210,21 +210,27 @@ INLINE __mmask32 dims_from(const attention_job *job, int64_t i) {
     return count >= 32 ? ~(__mmask32)0 : ((__mmask32)1 << count) - 1;
 }
 
+enum { ROWS_AHEAD = 32 };
+
+INLINE void prefetch_row(const char *row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(row + i, _MM_HINT_T0);
+}
+
 /* Keys are the columns of the scores: [key / 32][dim / 32][2 of 16 keys][pair of dims][key]. */
-INLINE void pack_keys(int dtype, const attention_job *job, const attention_unit *unit,
-                      unit_memory *memory, int64_t first, int64_t count) {
+INLINE void pack_keys(int dtype, const attention_job *job, unit_memory *memory, int64_t count) {
     (void)dtype;
     int64_t dim = memory->padded_dim;
-    for (int64_t key = 0; key < (count + 31) / 32 * 32; key += 16) {
-        const char *from[16];
-        for (int64_t i = 0; i < 16; ++i)
-            from[i] = key + i < count ? kv_row(job, unit, 0, first + key + i, 2) : NULL;
+    for (int64_t key = 0; key < count; key += 16) {
+        const char *const *from = memory->key_rows + key;
+        const char *const *ahead =
+            key + ROWS_AHEAD < count ? from + ROWS_AHEAD : memory->value_rows + key % ROWS_AHEAD;
+        for (int row = 0; row < 16; ++row) prefetch_row(ahead[row], job->head_dim * 2);
         char *panel = (char *)memory->keys + key / PANEL * PANEL * dim * 2;
         for (int64_t i = 0; i < dim; i += INNER_STEP) {
+            __mmask32 wanted = dims_from(job, i);
             __m512i r[16];
             for (int row = 0; row < 16; ++row)
-                r[row] = from[row] ? _mm512_maskz_loadu_epi16(dims_from(job, i), from[row] + i * 2)
-                                   : _mm512_setzero_si512();
+                r[row] = _mm512_maskz_loadu_epi16(wanted, from[row] + i * 2);
             transpose(r);
             char *to = panel + i / INNER_STEP * PANEL_STEP_BYTES + key % PANEL / 16 * TILE_BYTES;
             for (int row = 0; row < 16; ++row) _mm512_store_si512(to + row * 64, r[row]);
@@ -233,27 +239,82 @@ INLINE void pack_keys(int dtype, const attention_job *job, const attention_unit 
 }
 
 /* Dims are the columns of the product: [dim / 32][key / 32][2 of 16 dims][pair of keys][dim]. */
-INLINE void pack_values(int dtype, const attention_job *job, const attention_unit *unit,
-                        unit_memory *memory, int64_t first, int64_t count) {
+INLINE void pack_values(int dtype, const attention_job *job, unit_memory *memory, int64_t count) {
     (void)dtype;
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
                                          8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    for (int64_t key = 0; key < (count + 31) / 32 * 32; key += 2) {
-        const char *even = key < count ? kv_row(job, unit, 1, first + key, 2) : NULL;
-        const char *odd = key + 1 < count ? kv_row(job, unit, 1, first + key + 1, 2) : NULL;
+    for (int64_t key = 0; key < count; key += 2) {
+        const char *even = memory->value_rows[key], *odd = memory->value_rows[key + 1];
+        if (key + ROWS_AHEAD < count) {
+            prefetch_row(memory->value_rows[key + ROWS_AHEAD], job->head_dim * 2);
+            prefetch_row(memory->value_rows[key + ROWS_AHEAD + 1], job->head_dim * 2);
+        }
         char *to = (char *)memory->values + key / 32 * PANEL_STEP_BYTES + key % 32 / 2 * 64;
         for (int64_t i = 0; i < memory->padded_dim; i += PANEL) {
             __mmask32 wanted = dims_from(job, i);
-            __m512i a = even ? _mm512_maskz_loadu_epi16(wanted, even + i * 2)
-                             : _mm512_setzero_si512();
-            __m512i b = odd ? _mm512_maskz_loadu_epi16(wanted, odd + i * 2)
-                            : _mm512_setzero_si512();
+            __m512i a = _mm512_maskz_loadu_epi16(wanted, even + i * 2);
+            __m512i b = _mm512_maskz_loadu_epi16(wanted, odd + i * 2);
             char *pair = to + i * KEY_CHUNK * 2;
             _mm512_store_si512(pair, _mm512_permutex2var_epi16(a, low, b));
             _mm512_store_si512(pair + TILE_BYTES, _mm512_permutex2var_epi16(a, high, b));
         }
     }
+}
+
+/* 2^x for x <= 0, within 2^-17: weights are rounded to 2^-9. */
+INLINE __m512 exp2_weight(__m512 x) {
+    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(9.618437e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5503324e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022648e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, whole);
+}
+
+/* Of the 32 lanes from `i` on, those in [first, end). */
+INLINE __mmask32 lanes_between(int64_t i, int64_t first, int64_t end) {
+    uint64_t below_end = ((uint64_t)1 << max_i64(min_i64(end - i, 32), 0)) - 1;
+    uint64_t below_first = ((uint64_t)1 << max_i64(min_i64(first - i, 32), 0)) - 1;
+    return (__mmask32)(below_end & ~below_first);
+}
+
+INLINE void soften(const int is_whole, const unit_memory *memory, int64_t row, int64_t first,
+                   int64_t end, int64_t block_first, int64_t block_end, float scale) {
+    const float *scores = memory->scores + row * SCORE_STRIDE;
+    operand *weights = memory->weights + row * WEIGHT_STRIDE;
+    __m512 largest = _mm512_set1_ps(-INFINITY), other = largest;
+    for (int64_t i = block_first; i < block_end; i += 32) {
+        __mmask32 seen = is_whole ? ~(__mmask32)0 : lanes_between(i, first, end);
+        __m512 a = _mm512_load_ps(scores + i), b = _mm512_load_ps(scores + i + 16);
+        largest = _mm512_mask_max_ps(largest, (__mmask16)seen, largest, a);
+        other = _mm512_mask_max_ps(other, (__mmask16)(seen >> 16), other, b);
+    }
+    float max = _mm512_reduce_max_ps(_mm512_max_ps(largest, other)) * scale;
+    __m512 factor = _mm512_set1_ps(scale), base = _mm512_set1_ps(max);
+    __m512 total = _mm512_setzero_ps(), other_total = total;
+    for (int64_t i = block_first; i < block_end; i += 32) {
+        __mmask32 seen = is_whole ? ~(__mmask32)0 : lanes_between(i, first, end);
+        __m512 a = _mm512_fmsub_ps(_mm512_load_ps(scores + i), factor, base);
+        __m512 b = _mm512_fmsub_ps(_mm512_load_ps(scores + i + 16), factor, base);
+        a = _mm512_maskz_mov_ps((__mmask16)seen, exp2_weight(a));
+        b = _mm512_maskz_mov_ps((__mmask16)(seen >> 16), exp2_weight(b));
+        total = _mm512_add_ps(total, a);
+        other_total = _mm512_add_ps(other_total, b);
+        _mm512_store_si512(weights + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    }
+    memory->chunk_max[row] = max;
+    memory->chunk_weight[row] = _mm512_reduce_add_ps(_mm512_add_ps(total, other_total));
+}
+
+INLINE void soften_row(const unit_memory *memory, int64_t row, int64_t first, int64_t end,
+                       int64_t block_first, int64_t block_end, float scale) {
+    if (first <= block_first && end >= block_end)
+        soften(1, memory, row, first, end, block_first, block_end, scale);
+    else
+        soften(0, memory, row, first, end, block_first, block_end, scale);
 }
 
 INLINE void multiply_scores(unit_memory *memory, int64_t row, int64_t rows, int64_t first,

@@ -20,36 +20,57 @@ INLINE void pack_query(int dtype, const attention_job *job, const attention_unit
     }
 }
 
-/* Panels of 32 keys: [key / 32][dim][key % 32]; zeros past the last key. */
-INLINE void pack_keys(int dtype, const attention_job *job, const attention_unit *unit,
-                      unit_memory *memory, int64_t first, int64_t count) {
-    size_t width = dtype == DTYPE_F32 ? 4 : 2;
+/* Panels of 32 keys: [key / 32][dim][key % 32]. */
+INLINE void pack_keys(int dtype, const attention_job *job, unit_memory *memory, int64_t count) {
     int64_t dim = memory->padded_dim;
-    for (int64_t key = 0; key < (count + 31) / 32 * 32; ++key) {
+    for (int64_t key = 0; key < count; ++key) {
         float *to = memory->keys + key / PANEL * PANEL * dim + key % PANEL;
-        const char *from = key < count ? kv_row(job, unit, 0, first + key, width) : NULL;
-        for (int64_t i = 0; i < dim; ++i) {
-            float v = 0;
-            if (from && i < job->head_dim)
-                v = dtype == DTYPE_F32 ? ((const float *)from)[i]
-                                       : f32_from_bf16(((const uint16_t *)from)[i]);
-            to[i * PANEL] = v;
-        }
+        const char *from = memory->key_rows[key];
+        for (int64_t i = 0; i < job->head_dim; ++i)
+            to[i * PANEL] = dtype == DTYPE_F32 ? ((const float *)from)[i]
+                                               : f32_from_bf16(((const uint16_t *)from)[i]);
+        for (int64_t i = job->head_dim; i < dim; ++i) to[i * PANEL] = 0;
     }
 }
 
-/* Panels of 32 dims: [dim / 32][key][dim % 32]; zeros past the last key. */
-INLINE void pack_values(int dtype, const attention_job *job, const attention_unit *unit,
-                        unit_memory *memory, int64_t first, int64_t count) {
-    size_t width = dtype == DTYPE_F32 ? 4 : 2;
-    for (int64_t key = 0; key < (count + 31) / 32 * 32; ++key) {
-        const char *from = key < count ? kv_row(job, unit, 1, first + key, width) : NULL;
+/* Panels of 32 dims: [dim / 32][key][dim % 32]. */
+INLINE void pack_values(int dtype, const attention_job *job, unit_memory *memory, int64_t count) {
+    for (int64_t key = 0; key < count; ++key)
         for (int64_t i = 0; i < memory->padded_dim; i += LANES) {
+            int64_t left = job->head_dim - i;
             vf v = {0};
-            if (from && i < job->head_dim) v = load_any(dtype, from, i, job->head_dim - i);
+            if (left > 0) v = load_any(dtype, memory->value_rows[key], i, left);
             store_f32(memory->values + i / PANEL * PANEL * KEY_CHUNK + key * PANEL + i % PANEL, v);
         }
+}
+
+INLINE void soften_row(const unit_memory *memory, int64_t row, int64_t first, int64_t end,
+                       int64_t block_first, int64_t block_end, float scale) {
+    float *scores = memory->scores + row * SCORE_STRIDE;
+    float *weights = memory->weights + row * WEIGHT_STRIDE;
+    static const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vf largest = splat(-INFINITY);
+    for (int64_t i = first / LANES * LANES; i < end; i += LANES) {
+        vf v = load_f32(scores + i) * splat(scale);
+        if (i < first || i + LANES > end) {
+            vi at = lane + (int32_t)i;
+            v = select_f32((at >= (int32_t)first) & (at < (int32_t)end), v, splat(-INFINITY));
+        }
+        store_f32(scores + i, v);
+        largest = max_f32(largest, v);
     }
+    float max = first < end ? max_lanes(largest) : -INFINITY;
+    vf total = {0};
+    for (int64_t i = block_first; i < block_end; i += LANES) {
+        vf v = {0};
+        if (i + LANES > first && i < end) {
+            v = exp2_f32(load_f32(scores + i) - splat(max));
+            total += v;
+        }
+        store_f32(weights + i, v);
+    }
+    memory->chunk_max[row] = max;
+    memory->chunk_weight[row] = sum_lanes(total);
 }
 
 INLINE void multiply_scores(unit_memory *memory, int64_t row, int64_t rows, int64_t first,

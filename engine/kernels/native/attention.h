@@ -5,6 +5,7 @@
  *   pack_query, pack_keys, pack_values
  *   multiply_scores                scores of a block of rows with keys [first, end) of a chunk
  *   multiply_values                weights of a block of rows times the values of the chunk
+ *   soften_row                     scores of one row to weights
  *   finish_unit                    called once a unit is done
  *
  * Rows of a unit are (query token, head of the group) pairs, so that the heads of a group share
@@ -34,25 +35,38 @@ typedef struct {
     float *sum;          /* [rows][padded_dim], the merged output so far */
     float *max, *weight; /* [rows], of the merged output */
     float *chunk_max, *chunk_weight; /* [32] */
+    const char *key_rows[KEY_CHUNK], *value_rows[KEY_CHUNK]; /* of the chunk */
 } unit_memory;
 
-/* Where a chunk's keys lie: the row of one side (0 key, 1 value) of one position. */
-INLINE const char *kv_row(const attention_job *job, const attention_unit *unit, int64_t side,
-                          int64_t position, size_t width) {
-    int64_t block = job->block_table[unit->sequence * job->table_stride +
-                                     position / job->block_size];
-    return (const char *)job->kv +
-           (block * job->block_stride + side * job->side_stride +
-            unit->kv_head * job->head_stride + position % job->block_size * job->head_dim) *
-               (int64_t)width;
+/* Stands for the rows past a context; as long as the longest head. */
+enum { MAX_HEAD_DIM = 1024 };
+static const _Alignas(64) char zero_row[MAX_HEAD_DIM * 4];
+
+/* Finds the rows of a chunk's keys and values in their blocks, `count` of them and zero rows up to
+ * the next multiple of 32. */
+INLINE void locate_rows(const attention_job *job, const attention_unit *unit, unit_memory *memory,
+                        int64_t first, int64_t count, int64_t width) {
+    const int32_t *table = job->block_table + unit->sequence * job->table_stride;
+    int64_t block = first / job->block_size, offset = first % job->block_size;
+    int64_t row_bytes = job->head_dim * width, side_bytes = job->side_stride * width;
+    for (int64_t key = 0; key < count; ++block, offset = 0) {
+        const char *row = (const char *)job->kv +
+                          (table[block] * job->block_stride + unit->kv_head * job->head_stride +
+                           offset * job->head_dim) * width;
+        int64_t end = min_i64(count, key + job->block_size - offset);
+        for (; key < end; ++key, row += row_bytes) {
+            memory->key_rows[key] = row;
+            memory->value_rows[key] = row + side_bytes;
+        }
+    }
+    for (int64_t key = count; key % 32; ++key)
+        memory->key_rows[key] = memory->value_rows[key] = zero_row;
 }
 
 INLINE void pack_query(int dtype, const attention_job *job, const attention_unit *unit,
                        unit_memory *memory);
-INLINE void pack_keys(int dtype, const attention_job *job, const attention_unit *unit,
-                      unit_memory *memory, int64_t first, int64_t count);
-INLINE void pack_values(int dtype, const attention_job *job, const attention_unit *unit,
-                        unit_memory *memory, int64_t first, int64_t count);
+INLINE void pack_keys(int dtype, const attention_job *job, unit_memory *memory, int64_t count);
+INLINE void pack_values(int dtype, const attention_job *job, unit_memory *memory, int64_t count);
 INLINE void multiply_scores(unit_memory *memory, int64_t row, int64_t rows, int64_t first,
                             int64_t end);
 INLINE void multiply_values(unit_memory *memory, int64_t row, int64_t rows, int64_t first,
@@ -67,44 +81,10 @@ INLINE void seen_keys(const attention_job *job, int64_t position, int64_t key, i
     *end = max_i64(min_i64(position + 1 - key, KEY_CHUNK), 0);
 }
 
-INLINE void store_weights(operand *to, vf v) {
-    if (sizeof(operand) == 4) {
-        memcpy(to, &v, sizeof v);
-    } else {
-        vh h = bf16_from_vf(v);
-        memcpy(to, &h, sizeof h);
-    }
-}
-
-/* Scores of one row to weights 2^(score - max), zero outside [first, end). */
+/* Scores of one row to weights 2^(score * scale - max), zero outside [first, end); fills
+ * [block_first, block_end), and the row's chunk_max and chunk_weight. */
 INLINE void soften_row(const unit_memory *memory, int64_t row, int64_t first, int64_t end,
-                       int64_t block_first, int64_t block_end, float scale) {
-    float *scores = memory->scores + row * SCORE_STRIDE;
-    operand *weights = memory->weights + row * WEIGHT_STRIDE;
-    static const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    vf largest = splat(-INFINITY);
-    for (int64_t i = first / LANES * LANES; i < end; i += LANES) {
-        vf v = load_f32(scores + i) * splat(scale);
-        if (i < first || i + LANES > end) {
-            vi at = lane + (int32_t)i;
-            v = select_f32((at >= (int32_t)first) & (at < (int32_t)end), v, splat(-INFINITY));
-        }
-        store_f32(scores + i, v);
-        largest = max_f32(largest, v);
-    }
-    float max = first < end ? max_lanes(largest) : -INFINITY;
-    vf total = {0};
-    for (int64_t i = block_first; i < block_end; i += LANES) {
-        vf v = {0};
-        if (i + LANES > first && i < end) {
-            v = exp2_f32(load_f32(scores + i) - splat(max));
-            total += v;
-        }
-        store_weights(weights + i, v);
-    }
-    memory->chunk_max[row] = max;
-    memory->chunk_weight[row] = sum_lanes(total);
-}
+                       int64_t block_first, int64_t block_end, float scale);
 
 /* Adds one chunk's result of one row to the merged one. Not inlined: each instance could fuse
  * another one of its multiplications, and a split unit must give the bits of a whole one. */
@@ -181,8 +161,9 @@ INLINE void attend_unit(int dtype, const attention_job *job, const attention_uni
     for (int64_t chunk = unit->first_chunk; chunk < unit->end_chunk; ++chunk) {
         int64_t key = chunk * KEY_CHUNK;
         int64_t count = min_i64(end_position - key, KEY_CHUNK);
-        pack_keys(dtype, job, unit, memory, key, count);
-        pack_values(dtype, job, unit, memory, key, count);
+        locate_rows(job, unit, memory, key, count, dtype == DTYPE_F32 ? 4 : 2);
+        pack_keys(dtype, job, memory, (count + 31) / 32 * 32);
+        pack_values(dtype, job, memory, (count + 31) / 32 * 32);
         for (int64_t row = 0; row < memory->rows; row += BLOCK_ROWS)
             attend_block(job, unit, memory, row, key, first_position, chunk - unit->first_chunk);
     }
