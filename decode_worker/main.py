@@ -4,7 +4,7 @@ import asyncio
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpc import aio
 from prometheus_client import CollectorRegistry
@@ -13,17 +13,19 @@ from decode_worker.metrics import ReceiverCollector
 from decode_worker.servicer import DecodeServicer
 from engine.checkpoint.digest import model_digest
 from engine.checkpoint.model_id import model_id_of
-from engine.config import EngineConfig
 from engine.runtime.build import build_engine
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine_thread import EngineThread
-from kv_transfer.config import TransferConfig
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.servicer import KvTransferServicer
 from mesh.telemetry import exporting_spans
 from mesh.worker import WorkerConfig, WorkerIdentity, serving_worker, until_stopped
 from protos.isthmus.v1 import decode_pb2_grpc, kv_transfer_pb2_grpc
 from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_DECODE
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from kv_transfer.config import TransferConfig
 
 SERVICE_NAMES = ("isthmus.v1.DecodeService", "isthmus.v1.KvTransferService")
 

@@ -49,7 +49,7 @@ class KvLeaseLostError(IsthmusError):
 
 
 class LayoutMismatchError(IsthmusError):
-    """Prefill and decode disagree on model, dtype, KV layout or protocol; the text shows both sides."""
+    """Prefill and decode disagree on model, dtype, layout or protocol; the text shows both."""
 
 
 class KvCorruptionError(IsthmusError):

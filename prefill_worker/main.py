@@ -4,19 +4,17 @@ import asyncio
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpc import aio
 from prometheus_client import CollectorRegistry
 
 from engine.checkpoint.digest import model_digest
 from engine.checkpoint.model_id import model_id_of
-from engine.config import EngineConfig
 from engine.runtime.build import build_engine
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine_thread import EngineThread
 from engine.scheduling.block_hash import block_hashes
-from kv_transfer.config import TransferConfig
 from kv_transfer.sender import KvSender
 from mesh.channel import open_channel
 from mesh.telemetry import exporting_spans
@@ -26,6 +24,10 @@ from prefill_worker.prefill import Prefiller
 from prefill_worker.servicer import PrefillServicer
 from protos.isthmus.v1 import prefill_pb2_grpc as pb_grpc
 from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_PREFILL
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from kv_transfer.config import TransferConfig
 
 SERVICE_NAMES = ("isthmus.v1.PrefillService",)
 

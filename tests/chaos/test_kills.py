@@ -52,7 +52,7 @@ def test_decode_worker_killed_mid_stream_loses_no_token(mesh: MeshProcess) -> No
             busy = _busy_decode_worker(mesh)
             mesh.kill("decode", busy)
     assert "".join(chunks) == expected
-    assert mesh.metric("gateway", "isthmus_degradations_total", kind="migration") >= 1
+    assert mesh.metric("gateway", "isthmus_gateway_degradations_total", kind="migration") >= 1
 
 
 def test_prefill_worker_killed_is_replaced_by_the_other(mesh: MeshProcess) -> None:

@@ -1,4 +1,4 @@
-"""A whole mesh as a user starts it: `isthmus up` in its own process, found through its state file."""
+"""A whole mesh as a user starts it: `isthmus up`, found through its state file."""
 
 import json
 import os
@@ -86,4 +86,4 @@ def mesh_process(
     finally:
         launcher.send_signal(signal.SIGTERM)
         rest, _ = launcher.communicate(timeout=STOP_TIMEOUT_S)
-        print("".join(output), rest, sep="")  # shown by pytest when the test failed
+        sys.stdout.write("".join(output) + rest)  # shown by pytest when the test failed

@@ -23,6 +23,7 @@ class Reference:
         each token is the argmax after prompt + the tokens before it: one pass checks them all.
         """
         token_ids = torch.tensor([[*prompt, *answer]])
-        logits_TV = self._model(token_ids).logits[0, len(prompt) - 1 : -1]
+        output = self._model(token_ids, logits_to_keep=len(answer) + 1)
+        logits_TV = output.logits[0, :-1]
         wrong = (logits_TV.argmax(-1) != torch.tensor(answer)).nonzero()
         return None if len(wrong) == 0 else int(wrong[0, 0])
