@@ -7,6 +7,7 @@ from typing import Any
 
 from grpc import aio
 
+from engine.kv_cache.layout import KvLayout
 from kv_transfer.config import DataPlane, TransferConfig
 from kv_transfer.loopback import LoopbackIntake, LoopbackWriter
 from kv_transfer.offer import Offer
@@ -19,7 +20,7 @@ from mesh.channel import open_channel
 from mesh.server import listening
 from protos.isthmus.v1 import kv_transfer_pb2_grpc as pb_grpc
 from tests.fakes.engine import FakeEngine
-from tests.fakes.kv_memory import DeviceMemory, HostMemory
+from tests.fakes.kv_memory import TINY_LAYOUT, DeviceMemory, HostMemory
 
 PLANES = ("shm", "tcp", "loopback", "tcp-from-device", "tcp-to-device")
 FAST = TransferConfig(lease_s=1.0, reserve_timeout_s=5.0, rpc_timeout_s=2.0, data_timeout_s=1.0)
@@ -54,6 +55,9 @@ async def kv_pair(
     num_blocks: int = 16,
     config: TransferConfig = FAST,
     clock: Callable[[], float] | None = None,
+    engine: FakeEngine | None = None,
+    sender_digest: str = "abc",
+    sender_layout: KvLayout = TINY_LAYOUT,
 ) -> AsyncIterator[KvPair]:
     """Both ends in one process, joined by the data plane of that name."""
     clocks: dict[str, Any] = {} if clock is None else {"clock": clock}
@@ -62,10 +66,10 @@ async def kv_pair(
         config = replace(config, data_plane=DataPlane(data_plane))
     local_type = DeviceMemory if detail == "from-device" else HostMemory
     remote_type = DeviceMemory if detail == "to-device" else HostMemory
-    engine = FakeEngine(num_blocks=num_blocks, block_size_tokens=4)
+    engine = engine or FakeEngine(num_blocks=num_blocks, block_size_tokens=4)
     reports: list[HandoverReport] = []
     async with AsyncExitStack() as stack:
-        local = stack.enter_context(local_type().fill_randomly(seed=1))
+        local = stack.enter_context(local_type(layout=sender_layout).fill_randomly(seed=1))
         remote = stack.enter_context(remote_type(num_blocks).fill_randomly(seed=2))
         loopback = LoopbackIntake(remote) if data_plane == "loopback" else None
 
@@ -89,7 +93,7 @@ async def kv_pair(
             KvSender(
                 local,
                 sender_id="prefill-0",
-                model_digest="abc",
+                model_digest=sender_digest,
                 open_channel=open_channel,
                 config=config,
                 on_end=reports.append,

@@ -1,0 +1,59 @@
+"""A prefill worker that hangs in the middle of a push, to be killed by a test.
+
+python -m tests.fakes.kv_stuck_sender ADDRESS shm|tcp
+"""
+
+import asyncio
+import sys
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from kv_transfer import stream
+from kv_transfer.config import DataPlane
+from kv_transfer.sender import KvSender
+from mesh.channel import open_channel
+from tests.fakes.kv_memory import HostMemory
+from tests.fakes.kv_pair import FAST
+
+
+def hang() -> None:
+    sys.stdout.write("in the middle\n")
+    sys.stdout.flush()
+    threading.Event().wait()
+
+
+def hang_in_copy(target: Any, piece: Any) -> None:
+    target[: len(target) // 2] = piece[: len(piece) // 2]
+    hang()
+
+
+def hang_in_send(sock: Any, header: bytes, payload: memoryview, **_: Any) -> None:
+    sock.sendall(header)
+    sock.sendall(payload[: len(payload) // 2])
+    hang()
+
+
+async def main(address: str, plane: str) -> None:
+    if plane == "shm":
+        np.copyto = hang_in_copy  # type: ignore[assignment]
+    else:
+        stream.send = hang_in_send
+    with HostMemory().fill_randomly(1) as local:
+        async with (
+            KvSender(
+                local,
+                sender_id="prefill-0",
+                model_digest="abc",
+                open_channel=open_channel,
+                config=replace(FAST, data_plane=DataPlane(plane)),
+            ) as sender,
+            sender.handover("r", decode_address=address, num_tokens=13) as handover,
+        ):
+            await handover.push([0, 1, 2, 3], 0, 13)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
