@@ -44,9 +44,9 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(wildcard setup.py) $(KERNEL_
 	$(BIN)/python -m pip install --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml $(wildcard setup.py) $(KERNEL_SOURCES)
 	$(BIN)/python -m pip install --editable ".[dev]"
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 demo: install
 	$(BIN)/isthmus demo $(if $(filter-out 0,$(ONCE)),--once)

@@ -112,7 +112,8 @@ def _take_turn(
         console.print(str(error), style="red", markup=False)
         return
     print(flush=True)
-    console.print(split_line(answer) if answer else "stopped", style="dim", markup=False)
+    closing = split_line(answer) if answer else "stopped"
+    console.print(closing, style="dim", markup=False, soft_wrap=True)
     if heard:
         conversation.answered(question, "".join(heard))
 

@@ -23,6 +23,9 @@ app = typer.Typer(
 )
 
 
+_QUESTION = "Explain in two sentences why the sky is blue."
+
+
 class Dtype(StrEnum):
     """Of weights and KV cache."""
 
@@ -97,7 +100,7 @@ def up(
 def demo(
     *,
     once: Annotated[bool, typer.Option(help="Stop after the answer.")] = False,
-    question: Annotated[str, typer.Option(help="What to ask.")] = "What is an isthmus?",
+    question: Annotated[str, typer.Option(help="What to ask.")] = _QUESTION,
     http_port: HttpPort = 8000,
     grpc_port: GrpcPort = 50051,
     verbose: Verbose = False,

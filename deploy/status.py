@@ -7,7 +7,7 @@ from rich.table import Table
 from deploy.launcher.ready_file import read_state_file
 from deploy.launcher.run_directory import local_state_files
 from deploy.progress import console
-from mesh.registry import WorkerDirectory, connect_redis, role_name
+from mesh.registry import WorkerDirectory, connect_redis
 from protos.isthmus.v1.registry_pb2 import WorkerRecord, WorkerRole
 
 _ROLES = (
@@ -42,15 +42,16 @@ async def _records(redis_url: str) -> list[WorkerRecord]:
 
 def pool_table(records: Sequence[WorkerRecord]) -> Table:
     """One row for each record."""
-    table = Table("role", "worker", "address", "model", "running", "waiting", "KV blocks", "state")
+    title = ", ".join(sorted({record.model_id for record in records})) or "no worker"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for heading in ("worker", "address", "running", "waiting", "KV blocks", "state"):
+        table.add_column(heading, overflow="fold")
     for record in records:
         load = record.load
         used = load.num_blocks - load.num_free_blocks
         table.add_row(
-            role_name(record.role),
             record.worker_id,
             record.address,
-            record.model_id,
             str(load.num_running),
             str(load.num_waiting),
             f"{used}/{load.num_blocks}" if load.num_blocks else "",

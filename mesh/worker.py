@@ -17,6 +17,7 @@ from engine.errors import EngineDeadError
 from engine.runtime.commands import EngineStats
 from mesh.logs import LogFormat
 from mesh.metrics import EngineCollector, serving_metrics
+from mesh.own_address import reachable_host
 from mesh.process import shutdown_requested, write_ready_file
 from mesh.registry import connect_redis, registered, role_name
 from mesh.server import ServerHealth, listening
@@ -39,8 +40,8 @@ class WorkerConfig:
     port: int = 0
     """gRPC; 0 picks a free one."""
     advertise_address: str = ""
-    """host:port by which others reach this worker; empty: host and the bound port. A port of 0
-    stands for the bound one."""
+    """host:port by which others reach this worker; empty: host (for a wildcard, the address
+    towards Redis) and the bound port. A port of 0 stands for the bound one."""
     metrics_port: int = 0
     drain_grace_s: float = 30.0
     """How long sequences that are open at SIGTERM have to end."""
@@ -67,7 +68,8 @@ class WorkerConfig:
     def advertised(self, port: int) -> str:
         """The address that goes into the registry."""
         host, _, chosen = self.advertise_address.rpartition(":")
-        return f"{host or self.host}:{chosen if chosen not in {'', '0'} else port}"
+        host = host or reachable_host(self.host, self.redis_url)
+        return f"{host}:{chosen if chosen not in {'', '0'} else port}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -49,10 +49,14 @@ capabilities:
 {{- end }}
 {{- end -}}
 
-{{/* A gRPC health probe of the server on port 50051. */}}
+{{/*
+Ready means gRPC health says SERVING. A gateway does so while it has a decode worker; without one it
+is alive all the same, so its liveness is asked over HTTP.
+*/}}
 {{- define "isthmus.probes" -}}
+{{- $alive := ternary "httpGet: {path: /live, port: http}" "grpc: {port: 50051}" (eq .component "gateway") -}}
 startupProbe:
-  grpc: {port: 50051}
+  {{ $alive }}
   periodSeconds: 2
   timeoutSeconds: 2
   failureThreshold: 300
@@ -62,7 +66,7 @@ readinessProbe:
   timeoutSeconds: 2
   failureThreshold: 2
 livenessProbe:
-  grpc: {port: 50051}
+  {{ $alive }}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6
@@ -101,7 +105,7 @@ spec:
             resourceFieldRef: {containerName: {{ .component }}, resource: limits.cpu}
         {{- include "isthmus.redisEnv" .root | nindent 8 }}
         {{- with $values.telemetry.otlpEndpoint }}
-        - name: ISTHMUS_TELEMETRY__OTLP_ENDPOINT
+        - name: OTEL_EXPORTER_OTLP_ENDPOINT
           value: {{ . | quote }}
         {{- end }}
         {{- with $values.extraEnv }}

@@ -10,9 +10,15 @@
   "--metrics-port=9100"
   (printf "--dtype=%s" .root.Values.model.dtype)
   (printf "--device=%s" .root.Values.model.device)
+  (printf "--drain-grace-s=%v" .pool.drainSeconds)
 -}}
+{{- $ports := dict "grpc" 50051 "metrics" 9100 -}}
+{{- if eq .role "decode" -}}
+  {{- $args = append $args "--data-address=0.0.0.0:50052" -}}
+  {{- $_ := set $ports "data" 50052 -}}
+{{- end -}}
 {{ include "isthmus.pool" (dict
   "root" .root "component" .role "pool" .pool "args" $args
-  "ports" (dict "grpc" 50051 "metrics" 9100) "metricsPort" 9100
+  "ports" $ports "metricsPort" 9100
 ) }}
 {{- end -}}
