@@ -6,14 +6,19 @@ from contextlib import asynccontextmanager
 
 from grpc import aio
 
+from engine.errors import IsthmusError, PeerUnavailableError
 from mesh.channel import open_channel
-from mesh.status import error_from_rpc
+from mesh.status import ERROR_TRAILER, error_from_rpc
 from protos.isthmus.v1.prefill_pb2 import AbortRequest, PrefillRequest, PrefillResponse
 from protos.isthmus.v1.prefill_pb2_grpc import PrefillServiceStub
 
 logger = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 5.0
+
+
+class PrefillGoneError(PeerUnavailableError):
+    """The prefill worker itself cannot be reached; it did not say this of its peer."""
 
 
 class PrefillClient:
@@ -32,14 +37,15 @@ class PrefillClient:
         """Run a prefill inside the block; leaving it early cancels the call on the worker.
 
         Raises:
-            IsthmusError: what the worker answered, or PeerUnavailableError.
+            PrefillGoneError: this worker cannot be reached.
+            IsthmusError: what the worker answered.
         """
         metadata = (("traceparent", traceparent),) if traceparent else None
         call = self._stub.Prefill(request, metadata=metadata)
         try:
             yield _responses(call)
         except aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+            raise _error_from(error) from error
         finally:
             call.cancel()
 
@@ -64,3 +70,12 @@ async def _responses(
 ) -> AsyncIterator[PrefillResponse]:
     while isinstance(response := await call.read(), PrefillResponse):
         yield response
+
+
+def _error_from(error: aio.AioRpcError) -> IsthmusError:
+    """An answer of the worker carries the error's name; a broken connection does not."""
+    known = error_from_rpc(error)
+    is_answer = any(key == ERROR_TRAILER for key, _ in error.trailing_metadata() or ())
+    if isinstance(known, PeerUnavailableError) and not is_answer:
+        return PrefillGoneError(str(known))
+    return known

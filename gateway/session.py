@@ -13,9 +13,11 @@ from engine.errors import (
     IsthmusError,
     KvLeaseLostError,
     NotReadyError,
+    PeerUnavailableError,
     UnknownRequestError,
 )
 from gateway.pools import Route, WorkerPools
+from gateway.prefill_client import PrefillGoneError
 from mesh.status import error_from_status
 from protos.isthmus.v1.decode_pb2 import (
     DecodedToken,
@@ -36,6 +38,9 @@ logger = logging.getLogger(__name__)
 FINAL = (InvalidRequestError, UnknownRequestError, DeadlineError)
 """Errors that another worker would answer with, too."""
 
+BLAMES_DECODE = (PeerUnavailableError, KvLeaseLostError, NotReadyError)
+"""Errors of a prefill worker that most often mean its peer, the decode worker."""
+
 AnyToken = FirstToken | DecodedToken
 
 
@@ -49,12 +54,15 @@ class RecoveryConfig:
     """How long an accepted sequence waits for a decode worker to come back."""
     retry_delay_s: float = 0.05
     """Before a worker that failed the sequence gets it again; doubles each time."""
+    blame_delay_s: float = 0.05
+    """How long a prefill worker's failure to hand over waits for news of the decode worker."""
 
     def __post_init__(self) -> None:
         if self.max_num_attempts < 1:
             raise ValueError(f"max_num_attempts must be at least 1, got {self.max_num_attempts}")
-        if self.wait_for_worker_s < 0 or self.retry_delay_s < 0:
-            raise ValueError("wait_for_worker_s and retry_delay_s must not be negative")
+        for name in ("wait_for_worker_s", "retry_delay_s", "blame_delay_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,6 +223,9 @@ class SequenceSession:
             error = failure
         finally:
             attempt.release_prefill()
+        if isinstance(error, BLAMES_DECODE) and not isinstance(error, PrefillGoneError):
+            # If decode is gone its stream says so in a moment, and that ends this task.
+            await asyncio.sleep(self._config.blame_delay_s)
         self._on_prefill_end(attempt, error)
 
     def _on_prefill_response(self, attempt: Attempt, response: PrefillResponse) -> None:
@@ -363,5 +374,7 @@ class SequenceSession:
 
 def reason_of(error: IsthmusError) -> str:
     """The error's class as a metric label: PeerUnavailableError is peer_unavailable."""
+    if isinstance(error, PrefillGoneError):
+        return "peer_unavailable"
     name = type(error).__name__.removesuffix("Error") or "Error"
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

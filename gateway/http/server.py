@@ -53,12 +53,13 @@ async def listening_http(
             )
         )
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(server.serve(sockets=[listener]), name="http-server")
+            serving = tasks.create_task(server.serve(sockets=[listener]), name="http-server")
             await server.is_listening.wait()
             try:
                 yield int(listener.getsockname()[1])
             finally:
                 server.should_exit = True
+                await serving  # here: an error would make the task group cancel it, undrained
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

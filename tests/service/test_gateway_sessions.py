@@ -71,11 +71,10 @@ async def settled(gateway: RunningGateway, *workers) -> None:
         await worker.until(lambda worker=worker: not worker.open_sequences)
     assert gateway.service.admission.num_sequences == 0
     await gateway.aborts_acknowledged()
-    for worker in [
-        *gateway.service.pools.decode.values(),
-        *gateway.service.pools.prefill.values(),
-    ]:
-        assert (worker.book.num_sequences, worker.book.num_tokens) == (0, 0)
+    pools = gateway.service.pools
+    books = [worker.book for worker in pools.decode.values()]
+    books += [worker.book for worker in pools.prefill.values()]
+    assert all((book.num_sequences, book.num_tokens) == (0, 0) for book in books)
     assert not any(w.reserved for w in workers if isinstance(w, FakeDecodeWorker))
 
 
