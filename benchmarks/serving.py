@@ -30,7 +30,7 @@ from benchmarks.load.scenario import Load, TraceLoad, standard_loads
 from benchmarks.load.schedule import TokenRange
 from benchmarks.load.target import Target, find_target
 from benchmarks.load.verdict import verdicts_of
-from benchmarks.report import serving_report
+from benchmarks.report import serving_report, serving_table
 from engine.errors import InvalidRequestError, IsthmusError
 
 MESH_NAME = "mesh"
@@ -69,7 +69,8 @@ async def run(options: argparse.Namespace, mesh_arguments: Sequence[str]) -> Out
             tokens=options.token_ids,
             seed=options.seed,
             num_repeats=options.repeat,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
+            say=_say,
+            on_rows=lambda rows: _say(serving_table(rows) + "\n"),
         )
     rows = [row for trial in trials for row in trial.rows()]
     costs = [trial.cost() for trial in trials]
@@ -151,6 +152,11 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     trace.add_argument("--max-output", type=_positive(int), default=64, help="cut answers to this")
     trace.add_argument("--num-requests", type=_positive(int), default=100, help="the first so many")
     return parser.parse_args(arguments)
+
+
+def _say(text: str) -> None:
+    """Progress, and the figures so far should the run be interrupted; apart from the report."""
+    print(text, file=sys.stderr, flush=True)
 
 
 async def _until_terminated(work: Coroutine[None, None, Outcome]) -> Outcome:

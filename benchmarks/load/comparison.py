@@ -66,8 +66,12 @@ async def compare(
     seed: int,
     num_repeats: int,
     say: Callable[[str], None],
+    on_rows: Callable[[list[Row]], None],
 ) -> list[Trials]:
-    """Play each load on every target before the next; every other repeat in reverse order."""
+    """Play each load on every target before the next; every other repeat in reverse order.
+
+    `on_rows` gets the rows of a load as soon as all targets have played it.
+    """
     all_trials: list[Trials] = []
     for load in loads:
         trials = [Trials(load=load, target=target) for target in targets]
@@ -76,6 +80,7 @@ async def compare(
                 say(f"{load.name} on {trial.target.name} ({repeat + 1} of {num_repeats}): {load}")
                 trial.busy_cores_before = max(trial.busy_cores_before, await _busy_cores())
                 trial.runs.append(await Driver(trial.target, tokens).play(load, seed=seed + repeat))
+        on_rows([row for trial in trials for row in trial.rows()])
         all_trials += trials
     return all_trials
 

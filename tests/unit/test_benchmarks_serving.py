@@ -226,6 +226,8 @@ async def test_a_run_compares_targets_and_its_file_can_be_reported(
             ["--target", f"mesh={mesh.url}", "--target", f"vllm={vllm.url}", "--repeat", "2"]
         )
         outcome = await serving.run(options, [])
+    so_far = capsys.readouterr().err
+    assert so_far.index("closed  vllm") < so_far.index("mixed alone")
     assert closed_prompts(mesh) == closed_prompts(vllm)
     assert len(set(map(tuple, closed_prompts(mesh)))) == 2 * (10 + 4)
     assert {verdict.target for verdict in outcome.verdicts} == {"mesh", "vllm"}
