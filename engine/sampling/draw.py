@@ -17,6 +17,7 @@ from engine.request import SamplingParams
 from engine.sampling.uniform import seed_tensor, uniform
 
 _CHUNK = 128
+_SMALLEST_LOGIT = -80.0  # beside a maximum of 0; weights below would be denormal: slow, never drawn
 
 
 def argmax(logits_BV: torch.Tensor) -> torch.Tensor:
@@ -41,6 +42,7 @@ def draw(
     scaled_BV = logits_BV
     scaled_BV -= scaled_BV.amax(-1, keepdim=True)
     scaled_BV /= temperature_B[:, None]
+    F.threshold_(scaled_BV, _SMALLEST_LOGIT, -torch.inf)
     filtered = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
     threshold_B = None
     if filtered:
@@ -50,7 +52,7 @@ def draw(
         threshold_B[rows_B] = _thresholds(picked_BV, [params[row] for row in filtered])
     weights_BV = scaled_BV.exp()
     if threshold_B is not None:
-        weights_BV.masked_fill_(scaled_BV < threshold_B[:, None], 0.0)
+        weights_BV *= _is_kept(scaled_BV, threshold_B)
     seed_B = seed_tensor([p.seed for p in params], device)
     u_B = uniform(seed_B, torch.tensor(list(positions), device=device))
     return _search(weights_BV, lambda total_B: u_B * total_B)
@@ -66,16 +68,25 @@ def _thresholds(scaled_BV: torch.Tensor, params: Sequence[SamplingParams]) -> to
     top_p_B = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
     sorted_BV = _sorted_descending(scaled_BV)
     threshold_B = torch.maximum(min_p_B, sorted_BV.gather(1, top_k_B[:, None] - 1)[:, 0])
-    weights_BV = sorted_BV.exp().masked_fill_(sorted_BV < threshold_B[:, None], 0.0)
+    weights_BV = sorted_BV.exp()
+    if any(p.top_k > 0 or p.min_p > 0 for p in params):
+        weights_BV *= _is_kept(sorted_BV, threshold_B)
     # The smallest set of most likely tokens with a mass of at least top_p; at least one token.
     last_B = _search(weights_BV, lambda total_B: total_B * top_p_B - 1e-12)
     nucleus_B = sorted_BV.gather(1, last_B[:, None])[:, 0]
     return torch.where(top_p_B < 1, torch.maximum(threshold_B, nucleus_B), threshold_B)
 
 
+def _is_kept(x_BV: torch.Tensor, threshold_B: torch.Tensor) -> torch.Tensor:
+    """1.0 or 0.0: a multiplication by it costs a tenth of `masked_fill` or `where` on CPU."""
+    return torch.ge(x_BV, threshold_B[:, None], out=torch.empty_like(x_BV))
+
+
 def _sorted_descending(x_BV: torch.Tensor) -> torch.Tensor:
     if x_BV.device.type == "cpu":  # numpy's vectorised sort: 20 times as fast as torch's
-        return torch.from_numpy(-np.sort(-x_BV.numpy(), axis=-1))
+        negated = -x_BV.numpy()
+        negated.sort(axis=-1)
+        return torch.from_numpy(np.negative(negated, out=negated))
     return x_BV.sort(-1, descending=True).values
 
 
