@@ -12,6 +12,10 @@ SUPPORTED_ARCHITECTURES = (
 )
 
 
+MAX_LAYERS = 4096
+MAX_CONTEXT_TOKENS = 1 << 24
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeConfig:
     """Rotary embedding and its scaling; the names are those of transformers' `rope_parameters`."""
@@ -33,6 +37,39 @@ class RopeConfig:
     long_factor: tuple[float, ...] = ()
     rotated_share: float = 1.0
     """proportional only: the share of the head's dims that turn."""
+
+    def __post_init__(self) -> None:
+        if self.theta <= 1:
+            raise CheckpointError(f"rope_theta must be more than 1, got {self.theta}")
+        if self.original_max_context_tokens is not None and not (
+            2 <= self.original_max_context_tokens <= MAX_CONTEXT_TOKENS
+        ):
+            raise CheckpointError(
+                f"original_max_position_embeddings must be in [2, {MAX_CONTEXT_TOKENS}], "
+                f"got {self.original_max_context_tokens}"
+            )
+        for name in (
+            "factor",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "low_freq_factor",
+            "high_freq_factor",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise CheckpointError(f"rope scaling: {name} must be positive, got {value}")
+        if min(*self.short_factor, *self.long_factor, 1.0, 1.0) <= 0:
+            raise CheckpointError("rope scaling: short_factor and long_factor must be positive")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and high <= low:
+            raise CheckpointError(
+                f"high_freq_factor ({high}) must be above low_freq_factor ({low})"
+            )
+        if not 0 <= self.rotated_share <= 1:
+            raise CheckpointError(
+                f"partial_rotary_factor must be in [0, 1], got {self.rotated_share}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +123,20 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim must be even, got {self.head_dim}")
+        if self.rope.scaling == "dynamic" and self.head_dim == 2:
+            raise CheckpointError("dynamic rope scaling needs a head_dim above 2")
+        if self.max_context_tokens > MAX_CONTEXT_TOKENS:
+            raise CheckpointError(
+                f"the context of {self.max_context_tokens} tokens (scaling included) is above "
+                f"{MAX_CONTEXT_TOKENS}"
+            )
+        if self.rms_norm_eps < 0:
+            raise CheckpointError(f"rms_norm_eps must not be negative, got {self.rms_norm_eps}")
+        if any(not 0 <= token_id < self.vocab_size for token_id in self.eos_token_ids):
+            raise CheckpointError(
+                f"eos_token_id {sorted(self.eos_token_ids)} is outside the vocabulary of "
+                f"{self.vocab_size}"
+            )
         if len(self.windows) != self.num_layers:
             raise CheckpointError(f"{len(self.windows)} windows for {self.num_layers} layers")
         if any(window is not None and window < 1 for window in self.windows):

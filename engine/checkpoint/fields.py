@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.errors import CheckpointError
 
 _MAX_SIZE = 1 << 24
+_MAX_NUMBER = 1e30
 
 
 class Fields:
@@ -24,11 +25,11 @@ class Fields:
             raise CheckpointError(f"{self.source} has no {name}")
         return default
 
-    def size(self, name: str, default: int | None = None) -> int:
-        """An integer that may size something: in [1, 2^24]."""
+    def size(self, name: str, default: int | None = None, *, limit: int = _MAX_SIZE) -> int:
+        """An integer that sizes something: in [1, limit]."""
         value = self.integer(name, default)
-        if not 1 <= value <= _MAX_SIZE:
-            raise CheckpointError(f"{self.source}: {name} must be in [1, 2^24], got {value}")
+        if not 1 <= value <= limit:
+            raise CheckpointError(f"{self.source}: {name} must be in [1, {limit}], got {value}")
         return value
 
     def optional_integer(self, name: str) -> int | None:
@@ -49,6 +50,8 @@ class Fields:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise CheckpointError(f"{self.source}: {name} must be a number, got {value!r}")
+        if not abs(value) < _MAX_NUMBER:  # NaN too, which Python's JSON lets in
+            raise CheckpointError(f"{self.source}: {name} must be finite, got {value!r}")
         return float(value)
 
     def flag(self, name: str, *, default: bool) -> bool:
@@ -61,8 +64,10 @@ class Fields:
 
     def numbers(self, name: str) -> tuple[float, ...]:
         value = self.values.get(name) or []
-        if not isinstance(value, list) or not all(isinstance(item, int | float) for item in value):
-            raise CheckpointError(f"{self.source}: {name} must be a list of numbers")
+        if not isinstance(value, list) or not all(
+            isinstance(item, int | float) and abs(item) < _MAX_NUMBER for item in value
+        ):
+            raise CheckpointError(f"{self.source}: {name} must be a list of finite numbers")
         return tuple(float(item) for item in value)
 
     def token_ids(self, name: str) -> frozenset[int]:

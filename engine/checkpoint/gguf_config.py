@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gguf
 
-from engine.checkpoint.config import ModelConfig, RopeConfig, scaled_context_tokens
+from engine.checkpoint.config import MAX_LAYERS, ModelConfig, RopeConfig, scaled_context_tokens
 from engine.checkpoint.fields import Fields
 from engine.checkpoint.gguf_file import GgufFile, MetadataValue
 from engine.errors import CheckpointError
@@ -54,7 +54,7 @@ def config_from_gguf_file(file: GgufFile) -> ModelConfig:
     tokenizer = Fields(str(file.path), _without_prefix(file.metadata, "tokenizer.ggml."))
     hidden_size = fields.size("embedding_length")
     num_heads = fields.size("attention.head_count")
-    num_layers = fields.size("block_count")
+    num_layers = fields.size("block_count", limit=MAX_LAYERS)
     head_dim = fields.size("attention.key_length", hidden_size // num_heads)
     if fields.integer("rope.dimension_count", head_dim) != head_dim:
         raise CheckpointError(f"{file.path}: partly rotated heads are not supported")
@@ -83,7 +83,12 @@ def config_from_gguf_file(file: GgufFile) -> ModelConfig:
         mlp_bias="blk.0.ffn_up.bias" in file.tensors,
         tie_word_embeddings="output.weight" not in file.tensors,
         bos_token_id=tokenizer.optional_integer("bos_token_id"),
-        eos_token_ids=frozenset[int]().union(*(tokenizer.token_ids(key) for key in _END_TOKENS)),
+        eos_token_ids=frozenset(
+            token_id
+            for key in _END_TOKENS
+            for token_id in tokenizer.token_ids(key)
+            if token_id < embedding.shape[0]  # converters write 2^32 - 1 for "none"
+        ),
         dtype=_dtype(file),
     )
 

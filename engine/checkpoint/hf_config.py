@@ -6,6 +6,7 @@ Defaults are those of transformers' configuration classes, because files leave t
 from pathlib import Path
 
 from engine.checkpoint.config import (
+    MAX_LAYERS,
     SUPPORTED_ARCHITECTURES,
     ModelConfig,
     RopeConfig,
@@ -38,7 +39,7 @@ def config_from_directory(path: Path) -> ModelConfig:
     _refuse_unsupported(fields)
     hidden_size = fields.size("hidden_size")
     num_heads = fields.size("num_attention_heads")
-    num_layers = fields.size("num_hidden_layers")
+    num_layers = fields.size("num_hidden_layers", limit=MAX_LAYERS)
     max_context_tokens = fields.size(
         "max_position_embeddings", _DEFAULT_CONTEXT_TOKENS[architecture]
     )

@@ -14,8 +14,13 @@ def read_config(path: Path) -> ModelConfig:
     Raises:
         CheckpointError: a file is missing, malformed, or the model is of an unknown kind.
     """
-    if path.is_dir():
-        return config_from_directory(path)
-    if path.is_file():
-        return config_from_gguf(path)
+    try:
+        if path.is_dir():
+            return config_from_directory(path)
+        if path.is_file():
+            return config_from_gguf(path)
+    except CheckpointError as error:
+        if str(path) in str(error):
+            raise
+        raise CheckpointError(f"{path}: {error}") from None
     raise CheckpointError(f"{path} does not exist; name a model directory or a .gguf file")

@@ -78,6 +78,11 @@ def load_model(
     config = read_config(path)
     with open_weights(path, config) as weights:
         config = dataclasses.replace(config, tie_word_embeddings=_is_tied(config, weights))
+        if config.num_layers > len(weights.names):
+            raise CheckpointError(
+                f"{path}: the configuration has {config.num_layers} layers, the weights hold only "
+                f"{len(weights.names)} tensors"
+            )
         target = torch.device(device)
         try:
             model = build(

@@ -23,6 +23,7 @@ def load(
     """
     modules = [module for module in model.modules() if isinstance(module, ShardedModule)]
     _check_names(modules, weights)
+    _check_shapes(modules, weights)  # before anything is allocated: sizes are the file's
     for module in modules:
         for name, parameter in list(module.named_parameters(recurse=False)):
             values = torch.empty_like(parameter, device=device)
@@ -52,12 +53,16 @@ def _shown(names: set[str] | frozenset[str]) -> str:
     return shown if len(names) <= _MAX_NAMES_SHOWN else f"{shown} and {len(names) - 5} more"
 
 
+def _check_shapes(modules: list[ShardedModule], weights: WeightSource) -> None:
+    for shard in (shard for module in modules for shard in module.shards):
+        shape = weights.shape(shard.tensor)
+        if shape != shard.full_shape:
+            raise CheckpointError(
+                f"{weights.location(shard.tensor)} has shape {list(shape)}, the configuration "
+                f"needs {list(shard.full_shape)}"
+            )
+
+
 def _fill(parameter: torch.Tensor, shard: ShardSpec, weights: WeightSource) -> None:
-    shape = weights.shape(shard.tensor)
-    if shape != shard.full_shape:
-        raise CheckpointError(
-            f"{weights.location(shard.tensor)} has shape {list(shape)}, the configuration needs "
-            f"{list(shard.full_shape)}"
-        )
     values = weights.read(shard.tensor, shard.dim, shard.start, shard.length)
     parameter.narrow(shard.dim, shard.offset, shard.length).copy_(values)

@@ -85,13 +85,26 @@ def test_generation_config_names_the_end_tokens(checkpoint: Path) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": "4"}}, "factor must be a number"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"eos_token_id": "2"}, "eos_token_id must be token ids"),
+        ({"eos_token_id": 384}, "outside the vocabulary of 384"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be finite"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta must be more than 1"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": float("inf")}}, "must be finite"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 1e9}}, "the context of"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": -1}}, "factor must be positive"),
+        ({"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 1}},
+         "original_max_position_embeddings must be in"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4,
+                              "high_freq_factor": 4}}, "high_freq_factor"),
+        ({"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 2}},
+         r"partial_rotary_factor must be in \[0, 1\]"),
     ],
-)
+)  # fmt: skip
 def test_bad_configuration_is_refused(fields: dict[str, Any], match: str, checkpoint: Path) -> None:
     (checkpoint / "generation_config.json").unlink()
     edit_config(checkpoint, **fields)
-    with pytest.raises(CheckpointError, match=match):
+    with pytest.raises(CheckpointError, match=match) as caught:
         read_config(checkpoint)
+    assert str(checkpoint) in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff", "[" * 100_000])

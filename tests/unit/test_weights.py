@@ -45,6 +45,29 @@ def test_surplus_tensor_is_named(tmp_path: Path) -> None:
         loaded(path)
 
 
+@pytest.mark.parametrize("num_layers", [4096, 1 << 24])
+def test_more_layers_than_tensors_are_refused_before_they_are_built(
+    num_layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_checkpoint(tmp_path)
+    fields = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**fields, "num_hidden_layers": num_layers}))
+    monkeypatch.delattr("engine.models.causal_lm.DecoderLayer")
+    with pytest.raises(CheckpointError, match="layers"):
+        loaded(path)
+
+
+def test_shapes_are_compared_before_memory_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_checkpoint(tmp_path)
+    fields = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**fields, "vocab_size": 1 << 24}))
+    monkeypatch.delattr(torch, "empty_like")
+    with pytest.raises(CheckpointError, match=r"\[384, 64\].*\[16777216, 64\]"):
+        loaded(path)
+
+
 def test_many_names_are_cut_short(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path)
     fields = json.loads((path / "config.json").read_text())
