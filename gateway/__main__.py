@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 
 from engine.checkpoint.locate import default_cache_dir, locate_model
 from engine.checkpoint.model_id import model_id_of
@@ -13,6 +14,7 @@ from gateway.tokenizer import load_text_model
 from mesh.logs import set_up_logging
 from mesh.process import report_failure, run_service
 from mesh.settings import parse_command_line
+from mesh.telemetry import OTLP_ENDPOINT_VARIABLE
 
 
 def main(arguments: list[str]) -> int:
@@ -28,6 +30,9 @@ def main(arguments: list[str]) -> int:
         config: GatewayConfig = settings["gateway"]
         recovery: RecoveryConfig = settings["recovery"]
         set_up_logging("gateway", level=config.log_level, log_format=config.log_format)
+        if not config.otlp_endpoint:
+            endpoint = os.environ.get(OTLP_ENDPOINT_VARIABLE, "")
+            config = replace(config, otlp_endpoint=endpoint)
         path = locate_model(config.model, cache_dir=default_cache_dir(os.environ))
         text_model = load_text_model(path)
     except (IsthmusError, ValueError) as error:

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engine.errors import InvalidRequestError
+from engine.errors import InvalidRequestError, UnknownRequestError
 from mesh.convert import sampling_from_pb
 from protos.isthmus.v1 import sampling_pb2
 
@@ -23,7 +23,7 @@ class ParameterError(InvalidRequestError):
         self.code = code
 
 
-class UnknownModelError(InvalidRequestError):
+class UnknownModelError(UnknownRequestError):
     """The request names a model that is not served."""
 
 

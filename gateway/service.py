@@ -11,7 +11,7 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from engine.errors import CapacityError, InvalidRequestError, NotReadyError
+from engine.errors import CapacityError, InvalidRequestError, NotReadyError, UnknownRequestError
 from gateway.admission import Admission
 from gateway.chat_template import ChatTemplate
 from gateway.generation import ClientGoneError, Generation, GenerationWork
@@ -220,7 +220,7 @@ def _traceparent(span: Span) -> str:
 
 def _outcome_of(error: BaseException) -> str:
     """A label of few values."""
-    if isinstance(error, InvalidRequestError):
+    if isinstance(error, InvalidRequestError | UnknownRequestError):
         return "invalid"
     if isinstance(error, CapacityError):
         return "rejected"

@@ -27,7 +27,10 @@ class TokenBytes:
 
     def __init__(self, model: TokenizerModel) -> None:
         self._model = model
-        self._is_byte_level = _is_byte_level(model)
+        decoders = _decoders(model)
+        self._is_byte_level = "ByteLevel" in decoders
+        self.adds_leading_space = not decoders.keys().isdisjoint({"Strip", "Metaspace"})
+        """Texts are tokenised with a space put in front of them."""
         self._known: dict[int, bytes] = {}
         self.special_ids = frozenset(
             token_id
@@ -60,19 +63,17 @@ class TokenBytes:
         return token.replace("\u2581", " ").encode()
 
 
-def _is_byte_level(model: TokenizerModel) -> bool:
-    """True for byte-level BPE, False for sentencepiece with its space mark and byte fallback.
+def _decoders(model: TokenizerModel) -> dict[str, object]:
+    """The steps of the tokenizer's decoder by type: byte-level BPE's, or sentencepiece's.
 
     Raises:
         CheckpointError: the tokenizer decodes in another way.
     """
     state = json.loads(model.decoder.__getstate__()) if model.decoder is not None else {}
-    kinds = {part["type"] for part in state.get("decoders", [state]) if "type" in part}
-    if "ByteLevel" in kinds:
-        return True
-    if kinds & {"Replace", "Metaspace", "ByteFallback"}:
-        return False
-    raise CheckpointError(
-        f"the tokenizer decodes by {sorted(kinds) or 'nothing'}; "
-        "supported are ByteLevel, and Replace, Metaspace or ByteFallback (sentencepiece)"
-    )
+    found = {part["type"]: part for part in state.get("decoders", [state]) if "type" in part}
+    if not found.keys() & {"ByteLevel", "Replace", "Metaspace", "ByteFallback"}:
+        raise CheckpointError(
+            f"the tokenizer decodes by {sorted(found) or 'nothing'}; "
+            "supported are ByteLevel, and Replace, Metaspace or ByteFallback (sentencepiece)"
+        )
+    return found

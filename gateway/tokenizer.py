@@ -44,8 +44,9 @@ class Tokenizer:
             raise InvalidRequestError("the text is not valid Unicode") from None
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of all ids, special tokens spelled out."""
-        return b"".join(map(self.token_bytes.of, token_ids)).decode("utf-8", "replace")
+        """The text of all ids, special tokens spelled out; inverse of encoding a whole text."""
+        text = b"".join(map(self.token_bytes.of, token_ids)).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.token_bytes.adds_leading_space else text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

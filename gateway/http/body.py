@@ -56,6 +56,8 @@ def decoded(body: bytes, decoder: msgspec.json.Decoder[StructT]) -> StructT:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _named(str(error)) from None
+    except RecursionError:
+        raise InvalidRequestError("the body is nested too deep") from None
     except UnicodeDecodeError:
         raise InvalidRequestError("the body is not valid UTF-8; send JSON in UTF-8") from None
     except msgspec.DecodeError as error:
