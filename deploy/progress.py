@@ -30,15 +30,19 @@ def byte_progress() -> Iterator[Callable[[str, int, int], None]]:
         DownloadColumn(),
         TransferSpeedColumn(),
     )
-    with Progress(*columns, console=console) as bars:
-        tasks = {}
+    bars = Progress(*columns, console=console)
+    tasks = {}
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=None)
-            bars.update(tasks[what], completed=done, total=total or None)
+    def report(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            bars.start()  # not before: with nothing to fetch, nothing is drawn
+            tasks[what] = bars.add_task(what, total=None)
+        bars.update(tasks[what], completed=done, total=total or None)
 
+    try:
         yield report
+    finally:
+        bars.stop()
 
 
 @contextmanager
