@@ -22,8 +22,10 @@ class EngineConfig:
     """None: 0.9 of a CUDA device, 0.1 of a CPU host's memory, which others need too."""
     max_num_batched_tokens: int = 512
     """Tokens of one step; a prompt longer than what decoding leaves of it takes several steps."""
-    max_shared_step_tokens: int = 256
-    """The same on a CPU host while the step uses cores that an idle worker may want back."""
+    shared_step_tokens_per_thread: int = 128
+    """CPU only: the same for each thread of a step while somebody waits for its end: sequences
+    that decode in it, or the worker whose cores it borrows. 128 tokens are 50 ms of a core for a
+    model of 135 M parameters."""
     max_num_sequences: int = 64
     """Sequences in one step; more wait."""
     has_prefix_cache: bool = True
@@ -37,16 +39,15 @@ class EngineConfig:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.device not in DEVICES:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
-        for name in ("block_size_tokens", "max_num_sequences"):
+        for name in ("block_size_tokens", "max_num_sequences", "shared_step_tokens_per_thread"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         floor = self.max_num_sequences + self.block_size_tokens
-        for name in ("max_num_batched_tokens", "max_shared_step_tokens"):
-            if getattr(self, name) < floor:
-                raise ValueError(
-                    f"{name} must be at least max_num_sequences + block_size_tokens = {floor}, "
-                    f"got {getattr(self, name)}"
-                )
+        if self.max_num_batched_tokens < floor:
+            raise ValueError(
+                f"max_num_batched_tokens must be at least max_num_sequences + block_size_tokens = "
+                f"{floor}, got {self.max_num_batched_tokens}"
+            )
         for name in ("kv_pool_bytes", "max_context_tokens", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

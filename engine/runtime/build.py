@@ -125,7 +125,9 @@ def build_engine(
         executor,
         cores,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        max_shared_step_tokens=min(config.max_shared_step_tokens, config.max_num_batched_tokens),
+        shared_step_tokens_per_thread=(
+            config.shared_step_tokens_per_thread if device.type == "cpu" else None
+        ),
     )
 
 

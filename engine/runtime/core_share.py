@@ -3,7 +3,7 @@
 Rule: every worker has home cores. While a worker is busy (it has something to compute) its home
 cores are its own; while it is idle any other worker may borrow them. That is decided at the start
 of each step, so a borrower gives back at its next step, and a step that borrows computes fewer
-prompt tokens (`EngineConfig.max_shared_step_tokens`) so that this comes soon.
+prompt tokens (`EngineConfig.shared_step_tokens_per_thread`) so that this comes soon.
 
 The flags stand in a memfd that the launcher makes and its workers inherit: one slot a worker.
 A worker that died busy is found by its pid, looked up at most once a second.

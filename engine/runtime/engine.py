@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 from engine.errors import IsthmusError
 from engine.request import Request
 from engine.runtime.commands import EngineEvent, EngineStats, ErrorEvent, Reservation, SequenceMode
-from engine.runtime.core_share import CoreShare
+from engine.runtime.core_share import CoreGrant, CoreShare
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, SequenceState
@@ -124,7 +124,7 @@ class Engine(Generic[Executor]):
         cores: CoreShare,
         *,
         max_num_batched_tokens: int,
-        max_shared_step_tokens: int,
+        shared_step_tokens_per_thread: int | None = None,
     ) -> None:
         """Put an engine together; `build_engine` does it for a model on disk.
 
@@ -133,14 +133,14 @@ class Engine(Generic[Executor]):
             executor: closed with the engine.
             cores: closed with the engine.
             max_num_batched_tokens: of one step.
-            max_shared_step_tokens: of one step that borrows cores.
+            shared_step_tokens_per_thread: see `EngineConfig`; None sets no further bound.
         """
         self.limits = scheduler.limits
         self.scheduler = scheduler
         self.executor = executor
         self._cores = cores
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._max_shared_step_tokens = max_shared_step_tokens
+        self._shared_step_tokens_per_thread = shared_step_tokens_per_thread
         self._reserving: dict[str, int] = {}
         self._num_steps = 0
         self._step_s_total = 0.0
@@ -167,10 +167,7 @@ class Engine(Generic[Executor]):
     def step(self) -> list[EngineOutput] | None:
         begin_s = time.perf_counter()
         grant = self._cores.begin_step()
-        budget = self._max_num_batched_tokens
-        if grant.is_borrowing:
-            budget = self._max_shared_step_tokens
-        plan, granted = self.scheduler.schedule(budget, time.time_ns())
+        plan, granted = self.scheduler.schedule(self._budget(grant), time.time_ns())
         outputs = self._replies_to(granted)
         if not plan.chunks:
             self._stats = self._snapshot()
@@ -194,6 +191,14 @@ class Engine(Generic[Executor]):
     def close(self) -> None:
         self._cores.close()
         self.executor.close()
+
+    def _budget(self, grant: CoreGrant) -> int:
+        """Tokens of the next step: few enough that whoever waits for its end waits shortly."""
+        per_thread = self._shared_step_tokens_per_thread
+        if per_thread is None or not (grant.is_borrowing or self.scheduler.is_decoding):
+            return self._max_num_batched_tokens
+        shared = max(per_thread * grant.num_threads, self.scheduler.min_num_batched_tokens)
+        return min(shared, self._max_num_batched_tokens)
 
     def _carry_out(self, command_id: int, command: Command) -> list[EngineOutput]:
         scheduler, now_ns = self.scheduler, time.time_ns()

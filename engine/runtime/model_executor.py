@@ -4,6 +4,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
+from engine.runtime.allocator import keep_freed_memory
 from engine.runtime.runner import ModelRunner
 from engine.runtime.warm_up import warm_up
 from engine.sampling.history import SamplerState
@@ -24,6 +25,7 @@ class ModelExecutor:
         self._states: dict[str, SamplerState] = {}
 
     def warm_up(self, num_threads: int) -> None:
+        keep_freed_memory()
         warm_up(self.runner, max_num_tokens=self._max_num_tokens, num_threads=num_threads)
 
     def execute(self, plan: StepPlan, drawing: Seq[Sequence], num_threads: int) -> list[DrawnToken]:

@@ -42,7 +42,7 @@ def draw(
     scaled_BV = logits_BV
     scaled_BV -= scaled_BV.amax(-1, keepdim=True)
     scaled_BV /= temperature_B[:, None]
-    F.threshold_(scaled_BV, _SMALLEST_LOGIT, -torch.inf)
+    F.threshold(scaled_BV, _SMALLEST_LOGIT, -torch.inf, inplace=True)
     filtered = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1 or p.min_p > 0]
     threshold_B = None
     if filtered:

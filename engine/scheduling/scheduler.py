@@ -101,9 +101,9 @@ class Scheduler:
         return waiting + sum(s.num_behind for s in self._running if s.num_behind > 1)
 
     @property
-    def has_prefill(self) -> bool:
-        """Whether the next step has prompt tokens to compute, blocks permitting."""
-        return bool(self._waiting) or any(s.num_behind > 1 for s in self._running)
+    def is_decoding(self) -> bool:
+        """Whether sequences wait for their next token, not for their first."""
+        return bool(self._ready) or any(s.has_drawn or s.num_behind == 1 for s in self._running)
 
     @property
     def min_num_batched_tokens(self) -> int:

@@ -63,5 +63,5 @@ def make_engine(
         FakeExecutor(),
         cores or CoreShare.alone(1),
         max_num_batched_tokens=max_num_batched_tokens,
-        max_shared_step_tokens=max_num_batched_tokens // 2,
+        shared_step_tokens_per_thread=max_num_batched_tokens // 4,
     )

@@ -9,8 +9,10 @@ import pytest
 from engine.request import Request, SamplingParams
 from engine.runtime.commands import SequenceMode
 from engine.runtime.core_share import CoreShare, create_core_share, split_cores
-from engine.runtime.engine import Submit
+from engine.runtime.engine import Abort, Submit
 from tests.fakes.step_engine import make_engine
+
+LOCAL = SequenceMode.LOCAL
 
 
 @pytest.fixture
@@ -98,7 +100,7 @@ def test_an_engine_is_busy_from_its_first_step_until_it_rests(fd):
     request = Request(
         request_id="a", prompt_token_ids=(1, 2), sampling=SamplingParams(max_tokens=3)
     )
-    engine.apply(1, Submit(request, SequenceMode.LOCAL))
+    engine.apply(1, Submit(request, LOCAL))
     assert other.begin_step().cores == {0, 1}
     engine.step()
     assert other.begin_step().cores == {1}
@@ -114,8 +116,8 @@ def test_a_borrowing_step_computes_a_smaller_chunk(fd):
         prompt_token_ids=tuple(range(200)),
         sampling=SamplingParams(max_tokens=3),
     )
-    engine.apply(1, Submit(request, SequenceMode.LOCAL))
-    engine.step()
+    engine.apply(1, Submit(request, LOCAL))
+    engine.step()  # 16 tokens for each of two threads
     assert engine.stats.num_prefill_tokens == 32
     other.begin_step()
     engine.step()
@@ -129,3 +131,21 @@ def test_bad_places_are_refused(fd):
         CoreShare([64], fd=fd)
     with pytest.raises(ValueError, match="slot"):
         CoreShare([0], fd=fd, slot=64)
+
+
+def test_a_step_with_decoding_sequences_computes_a_smaller_chunk():
+    engine = make_engine(max_num_batched_tokens=100)  # 25 tokens a thread, one thread
+    sampling = SamplingParams(max_tokens=50)
+    engine.apply(
+        1, Submit(Request(request_id="a", prompt_token_ids=(1,), sampling=sampling), LOCAL)
+    )
+    engine.step()
+    prompt = tuple(range(300))
+    engine.apply(
+        2, Submit(Request(request_id="b", prompt_token_ids=prompt, sampling=sampling), LOCAL)
+    )
+    engine.step()
+    assert engine.stats.num_prefill_tokens == 1 + 16  # of 25 one decodes; then whole blocks
+    engine.apply(3, Abort("a"))
+    engine.step()
+    assert engine.stats.num_prefill_tokens == 1 + 16 + 96

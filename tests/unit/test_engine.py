@@ -36,7 +36,6 @@ def make_engine(checkpoint):
             "device": "cpu",
             "kv_pool_bytes": 1 << 24,
             "max_num_sequences": 16,
-            "max_shared_step_tokens": 64,
             "num_threads": 1,
         }
         engine = build_engine(checkpoint, EngineConfig(**{**defaults, **changes}))
@@ -127,7 +126,7 @@ def test_batch_of_16_equals_each_alone(make_engine, alone, has_prefix_cache):
 
 
 def test_chunked_prefill_equals_whole_prefill(make_engine, alone):
-    engine = make_engine(max_num_batched_tokens=48, max_num_sequences=4, max_shared_step_tokens=48)
+    engine = make_engine(max_num_batched_tokens=48, max_num_sequences=4)
     tokens = run(engine, [make_request(str(i), prompt) for i, prompt in enumerate(PROMPTS)])
     assert [tokens[str(i)] for i in range(16)] == alone
     assert engine.stats.num_prefill_tokens == sum(map(len, PROMPTS))
