@@ -5,6 +5,7 @@ import httpx
 import openai
 import pytest
 
+from gateway.session import RecoveryConfig
 from tests.fakes.gateway import MODEL_ID, RunningGateway, gateway_over
 from tests.fakes.workers import (
     END_TOKEN_ID,
@@ -123,3 +124,185 @@ async def test_a_stop_string_cuts_the_answer_and_frees_the_workers(is_streamed):
         assert (text, finish) == ("one two ", "stop")
         assert not decode.open_sequences
         assert decode.aborted == [decode.submitted[0].request_id]
+
+
+async def test_a_client_that_hangs_up_frees_both_workers():
+    prefill, decode = workers()
+    decode.tap.close()
+    async with gateway_over(prefill, decode) as gateway:
+        async with (
+            httpx.AsyncClient(base_url=gateway.http_url) as client,
+            client.stream(
+                "POST",
+                "/v1/completions",
+                json={"prompt": "Hello", "max_tokens": 500, "stream": True},
+            ) as answer,
+        ):
+            async for _ in answer.aiter_lines():
+                break
+            await decode.until(lambda: bool(decode.open_sequences))
+        await decode.until(lambda: not decode.open_sequences and bool(decode.aborted))
+        await gateway.aborts_acknowledged()
+        assert decode.aborted == [decode.submitted[0].request_id]
+        assert not decode.reserved
+        assert gateway.service.admission.num_sequences == 0
+        assert gateway.count("isthmus_gateway_requests_total", outcome="cancelled") == 1
+
+
+async def test_a_client_that_hangs_up_before_any_token_frees_both_workers():
+    prefill, decode = workers()
+    prefill.tap.close()
+    async with gateway_over(prefill, decode) as gateway:
+        async with httpx.AsyncClient(base_url=gateway.http_url) as client:
+            asking = asyncio.ensure_future(client.post("/v1/completions", json={"prompt": "Hello"}))
+            await prefill.until(lambda: bool(prefill.open_sequences))
+            asking.cancel()
+        await prefill.until(lambda: not prefill.open_sequences)
+        await decode.until(lambda: not decode.open_sequences)
+        assert gateway.count("isthmus_gateway_requests_total", outcome="cancelled") == 1
+
+
+async def test_several_prompts_and_answers_are_numbered_prompt_by_prompt():
+    async with gateway_over(*workers()) as gateway, client_of(gateway) as client:
+        answer = await client.completions.create(
+            model=MODEL_ID, prompt=["ab", "cd"], n=2, max_tokens=3, seed=7, echo=True
+        )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    texts = [choice.text for choice in answer.choices]
+    assert [text[:2] for text in texts] == ["ab", "ab", "cd", "cd"]
+    assert [texts[0], texts[2]] == ["ab" + expected("ab", 3, 7), "cd" + expected("cd", 3, 7)]
+    assert texts[0] != texts[1]
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 12)
+
+
+async def test_token_ids_are_a_prompt_and_the_default_is_16_tokens():
+    async with gateway_over(*workers()) as gateway, client_of(gateway) as client:
+        answer = await client.completions.create(model=MODEL_ID, prompt=[72, 105], seed=1)
+    assert answer.choices[0].text == expected("Hi", 16, 1)
+
+
+async def test_logprobs_of_completions_begin_with_the_first_token():
+    async with gateway_over(*workers()) as gateway, client_of(gateway) as client:
+        answer = await client.completions.create(
+            model=MODEL_ID, prompt="Hi", max_tokens=3, logprobs=2, seed=1
+        )
+    found, text = answer.choices[0].logprobs, expected("Hi", 3, 1)
+    assert found is not None
+    assert found.tokens == list(text)
+    assert found.token_logprobs == [-0.5] * 3
+    assert found.text_offset == [0, 1, 2]
+    assert found.top_logprobs is not None
+    assert found.top_logprobs[0] == {text[0]: -0.5, chr(ord(text[0]) + 1): -1.5}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_logprobs_of_chats_leave_the_end_token_out(is_streamed):
+    fields = workers(next_token=spelling("é".encode(), END_TOKEN_ID))
+    async with gateway_over(*fields) as gateway, client_of(gateway) as client:
+        answer = await client.chat.completions.create(
+            model=MODEL_ID,
+            messages=[{"role": "user", "content": "x"}],
+            logprobs=True,
+            top_logprobs=1,
+            stream=is_streamed,
+        )
+        if is_streamed:
+            chunks = [chunk.choices[0] async for chunk in answer]
+            content = [entry for c in chunks if c.logprobs for entry in c.logprobs.content]
+            text = "".join(c.delta.content or "" for c in chunks)
+        else:
+            content = answer.choices[0].logprobs.content
+            text = answer.choices[0].message.content
+    assert text == "é"
+    assert [entry.bytes for entry in content] == [[0xC3], [0xA9]]
+    assert [len(entry.top_logprobs) for entry in content] == [1, 1]
+
+
+async def test_sampling_reaches_the_workers_as_asked():
+    prefill, decode = workers()
+    async with gateway_over(prefill, decode) as gateway, client_of(gateway) as client:
+        await client.chat.completions.create(
+            model=MODEL_ID,
+            messages=[{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+            temperature=0.5,
+            top_p=0.75,
+            presence_penalty=1,
+            frequency_penalty=-1,
+            logit_bias={"5": 2},
+            seed=-1,
+            max_completion_tokens=4,
+            extra_body={
+                "top_k": 3,
+                "min_p": 0.25,
+                "repetition_penalty": 1.5,
+                "ignore_eos": True,
+                "min_tokens": 2,
+                "stop_token_ids": [9],
+            },
+        )
+    sampling = decode.submitted[0].sampling
+    assert sampling == prefill.requests[0].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.75, 3)
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.25, 1.5)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (1, -1)
+    assert dict(sampling.logit_bias) == {5: 2}
+    assert (sampling.seed, sampling.max_tokens, sampling.min_tokens) == (2**64 - 1, 4, 2)
+    assert (sampling.ignore_eos, list(sampling.stop_token_ids)) == (True, [9])
+    assert bytes(decode.submitted[0].prompt_token_ids) == b"[user]x[assistant]"
+
+
+async def test_the_other_pages_answer():
+    async with (
+        gateway_over(*workers()) as gateway,
+        httpx.AsyncClient(base_url=gateway.http_url) as client,
+        client_of(gateway) as openai_client,
+    ):
+        assert [model.id async for model in openai_client.models.list()] == [MODEL_ID]
+        status = (await client.get("/status")).json()
+        assert [(w["worker_id"], w["role"]) for w in status["workers"]] == [
+            ("p0", "prefill"),
+            ("d0", "decode"),
+        ]
+        assert (await client.get("/health")).status_code == 200
+        assert "<html" in (await client.get("/")).text
+        await client.post("/v1/completions", json={"prompt": "a"}, headers={"x-request-id": "me"})
+        metrics = (await client.get("/metrics")).text
+        assert 'isthmus_gateway_requests_total{outcome="ok"} 1.0' in metrics
+        assert "isthmus_time_to_first_token_seconds_count 1.0" in metrics
+        assert "isthmus_inter_token_latency_seconds_count 15.0" in metrics
+
+
+async def test_the_request_id_is_in_the_header_and_in_the_workers():
+    prefill, decode = workers()
+    async with (
+        gateway_over(prefill, decode) as gateway,
+        httpx.AsyncClient(base_url=gateway.http_url) as client,
+    ):
+        answer = await client.post(
+            "/v1/completions", json={"prompt": "a"}, headers={"x-request-id": "mine"}
+        )
+        request_id = answer.headers["x-request-id"]
+        assert request_id.startswith("mine-")
+        assert answer.json()["id"] == f"cmpl-{request_id}"
+        assert decode.submitted[0].request_id.startswith(request_id)
+
+
+async def test_an_error_in_mid_stream_is_the_last_event():
+    prefill, decode = workers()
+    decode.tap.close()
+    recovery = RecoveryConfig(wait_for_worker_s=0.02, retry_delay_s=0.001)
+    async with (
+        gateway_over(prefill, decode, recovery=recovery) as gateway,
+        httpx.AsyncClient(base_url=gateway.http_url) as client,
+        client.stream(
+            "POST",
+            "/v1/completions",
+            json={"prompt": "Hello", "max_tokens": 5, "stream": True, "seed": 0},
+        ) as answer,
+    ):
+        lines = answer.aiter_lines()
+        assert json.loads((await anext(lines))[6:])["choices"][0]["text"] == expected("Hello", 1)
+        await decode.die()
+        rest = [line async for line in lines if line]
+        assert json.loads(rest[-1][6:])["error"]["code"] == "service_unavailable"
