@@ -37,7 +37,8 @@ PORTABLE_UNITS = [
 X86_UNITS = [
     ("level", ["-DLEVEL=avx2", *AVX2]),
     ("level", ["-DLEVEL=avx512", *AVX512]),
-    ("avx512_bf16", BF16),
+    ("level", ["-DLEVEL=avx512_bf16", *BF16]),
+    ("dot", BF16),
     ("amx", [*BF16, "-mamx-tile", "-mamx-bf16"]),
 ]
 

@@ -48,6 +48,9 @@ class Kernels(Protocol):
     def linear_float32(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         """The same with a float32 result: for the LM head."""
 
+    def linear_silu_mul(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+        """silu_mul(linear(x)), with the same bits, in one operation where the device has it."""
+
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         """Root-mean-square norm, computed in float32, rounded as transformers does it."""
 

@@ -74,16 +74,29 @@ class NativeKernels:
 
     def linear(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         y_TF = self._empty(x_TD.shape[0], packed.out_features, self._dtype)
-        self._linear_into(y_TF, 0, x_TD, packed)
+        self._linear_into(y_TF, x_TD, packed)
         return y_TF
 
     def linear_float32(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         y_TF = self._empty(x_TD.shape[0], packed.out_features, torch.float32)
-        self._linear_into(y_TF, 1, x_TD, packed)
+        self._linear_into(y_TF, x_TD, packed)
+        return y_TF
+
+    def linear_silu_mul(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+        num_out = packed.out_features // 2
+        if not self._library.has_gated(self._code, num_out):
+            return self.silu_mul(self.linear(x_TD, packed))
+        y_TF = self._empty(x_TD.shape[0], num_out, self._dtype)
+        self._linear_into(y_TF, x_TD, packed, is_gated=True)
         return y_TF
 
     def _linear_into(
-        self, y_TF: torch.Tensor, is_float32: int, x_TD: torch.Tensor, packed: PackedLinear
+        self,
+        y_TF: torch.Tensor,
+        x_TD: torch.Tensor,
+        packed: PackedLinear,
+        *,
+        is_gated: bool = False,
     ) -> None:
         panels = packed.weight
         assert isinstance(panels, PackedPanels)
@@ -94,8 +107,8 @@ class NativeKernels:
         assert stride == 1, stride
         self._library.linear(
             *(self._code, x_TD.data_ptr(), row_stride, panels.address, panels.bias_address),
-            *(y_TF.data_ptr(), is_float32, num_rows, inner, packed.out_features),
-            self._num_threads,
+            *(y_TF.data_ptr(), y_TF.dtype is torch.float32, is_gated),
+            *(num_rows, inner, y_TF.shape[1], self._num_threads),
         )
 
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:

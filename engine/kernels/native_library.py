@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 LIBRARY_PATH = Path(__file__).parent / "libisthmus.so"
-VERSION = 1
+VERSION = 2
 
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
-_LINEAR = [_int, _pointer, _long, _pointer, _pointer, _pointer, _int, _long, _long, _long, _int]
+_LINEAR = [
+    *(_int, _pointer, _long, _pointer, _pointer, _pointer, _int, _int),
+    *(_long, _long, _long, _int),
+]
 _NORM = [_int, _pointer, _long, _pointer, _pointer, _float, _pointer, _long, _long, _int]
 _SILU = [_int, _pointer, _pointer, _long, _long, _int]
 _ROPE = [
@@ -48,6 +51,8 @@ class NativeLibrary:
         self._packed_bytes = releasing.isthmus_packed_bytes
         self._packed_bytes.argtypes = [_int, _long, _long]
         self._packed_bytes.restype = _long
+        self._has_gated = releasing.isthmus_has_gated
+        self._has_gated.argtypes = [_int, _long]
         self.pack = _bound(
             releasing, "isthmus_pack", [_int, _pointer, _long, _long, _long, _pointer]
         )
@@ -71,6 +76,10 @@ class NativeLibrary:
 
     def packed_bytes(self, dtype: int, num_out: int, inner: int) -> int:
         return int(self._packed_bytes(dtype, num_out, inner))
+
+    def has_gated(self, dtype: int, num_out: int) -> bool:
+        """Whether `linear` can apply silu to the first half of the features, times the second."""
+        return bool(self._has_gated(dtype, num_out))
 
 
 def _bound(library: ctypes.CDLL, name: str, argtypes: Sequence[type]) -> NativeCall:

@@ -89,6 +89,9 @@ class TorchKernels:
     def linear_float32(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         return self.linear(x_TD, packed).float()
 
+    def linear_silu_mul(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
+        return self.silu_mul(self.linear(x_TD, packed))
+
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         wide_TD = x_TD.float()
         scale_T1 = torch.rsqrt(wide_TD.pow(2).mean(-1, keepdim=True) + eps)

@@ -19,7 +19,6 @@ class Mlp(nn.Module):
         self, config: ModelConfig, *, name: str, axis: AxisGroup, kernels: Kernels
     ) -> None:
         super().__init__()
-        self._kernels = kernels
         self.gate_up = GateUpLinear(
             config.hidden_size,
             config.intermediate_size,
@@ -38,5 +37,5 @@ class Mlp(nn.Module):
         )
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        y_TD: torch.Tensor = self.down(self._kernels.silu_mul(self.gate_up(x_TD)))
+        y_TD: torch.Tensor = self.down(self.gate_up(x_TD))
         return y_TD

@@ -123,7 +123,7 @@ class QkvParallelLinear(ParallelLinear):
 
 
 class GateUpLinear(ParallelLinear):
-    """Gate and up projections in one product; features split over the axis."""
+    """silu(gate(x)) * up(x), both projections in one product; features split over the axis."""
 
     def __init__(
         self,
@@ -148,6 +148,10 @@ class GateUpLinear(ParallelLinear):
                 has_bias=has_bias,
             )
         super().__init__(hidden_size, 2 * local, tuple(shards), has_bias=has_bias, kernels=kernels)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        assert self.packed is not None, "weights are not loaded"
+        return self._kernels.linear_silu_mul(x_TD, self.packed)
 
 
 class RowParallelLinear(ParallelLinear):

@@ -24,10 +24,30 @@ INLINE void configure(int64_t rows) {
     _tile_loadconfig(&config);
 }
 
+/* Fetches the next panel and the lines of the output while a block of rows is multiplied, a few
+ * lines a step, so that neither waits for memory when its turn comes. */
+typedef struct {
+    const char *panel, *panel_end;
+    int64_t panel_lines; /* a step */
+    char *out;
+    int64_t out_stride, out_rows;
+} fetch_ahead;
+
+INLINE void fetch_step(fetch_ahead *ahead) {
+    for (int64_t i = 0; i < ahead->panel_lines && ahead->panel < ahead->panel_end; ++i) {
+        _mm_prefetch(ahead->panel, _MM_HINT_T1);
+        ahead->panel += 64;
+    }
+    for (int i = 0; i < 2 && ahead->out_rows > 0; ++i, --ahead->out_rows) {
+        __builtin_prefetch(ahead->out, 1);
+        ahead->out += ahead->out_stride;
+    }
+}
+
 /* c[rows][0..32) = a[rows][0..32 * steps) @ panel; strides in bytes. `configure(rows)` went before.
- * The sums run in the order of the inner dimension whatever `rows` is. */
+ * The sums run in the order of the inner dimension whatever `rows` is. `ahead` may be NULL. */
 INLINE void tile_block(int64_t rows, const void *a, int64_t a_stride, const char *panel,
-                       int64_t steps, void *c, int64_t c_stride) {
+                       int64_t steps, void *c, int64_t c_stride, fetch_ahead *ahead) {
     const char *upper = a, *lower = upper + TILE_ROWS * a_stride;
     char *out = c;
     _tile_zero(0);
@@ -49,6 +69,7 @@ INLINE void tile_block(int64_t rows, const void *a, int64_t a_stride, const char
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t step = 0; step < steps; ++step) {
+        if (ahead) fetch_step(ahead);
         _tile_loadd(4, upper, a_stride);
         _tile_loadd(6, panel, 64);
         _tile_loadd(7, panel + TILE_BYTES, 64);
@@ -69,26 +90,29 @@ INLINE void tile_block(int64_t rows, const void *a, int64_t a_stride, const char
 
 /* ---- linear */
 
+/* Where the bias of a feature is, or NULL. */
+INLINE const float *bias_at(const linear_job *job, int64_t feature) {
+    return job->bias ? job->bias + feature : NULL;
+}
+
+INLINE __m512 with_bias(__m512 v, __mmask16 wanted, const float *bias) {
+    return bias ? _mm512_add_ps(v, _mm512_maskz_loadu_ps(wanted, bias)) : v;
+}
+
 INLINE void store_block(const linear_job *job, int64_t row, int64_t rows, int64_t feature,
                         const float *c) {
     int64_t count = min_i64(job->num_out - feature, PANEL);
     __mmask32 wanted = count == PANEL ? ~(__mmask32)0 : ((__mmask32)1 << count) - 1;
-    __m512 bias_low = _mm512_setzero_ps(), bias_high = bias_low;
-    if (job->bias) {
-        bias_low = _mm512_maskz_loadu_ps((__mmask16)wanted, job->bias + feature);
-        bias_high = _mm512_maskz_loadu_ps((__mmask16)(wanted >> 16), job->bias + feature + 16);
-    }
+    __mmask16 first = (__mmask16)wanted, second = (__mmask16)(wanted >> 16);
+    const float *bias = bias_at(job, feature);
     for (int64_t i = 0; i < rows; ++i, c += PANEL) {
-        __m512 low = _mm512_load_ps(c), high = _mm512_load_ps(c + 16);
-        if (job->bias) {
-            low = _mm512_add_ps(low, bias_low);
-            high = _mm512_add_ps(high, bias_high);
-        }
+        __m512 low = with_bias(_mm512_load_ps(c), first, bias);
+        __m512 high = with_bias(_mm512_load_ps(c + 16), second, bias ? bias + 16 : NULL);
         int64_t at = (row + i) * job->out_stride + feature;
         if (job->out_f32) {
             float *out = (float *)job->out + at;
-            _mm512_mask_storeu_ps(out, (__mmask16)wanted, low);
-            _mm512_mask_storeu_ps(out + 16, (__mmask16)(wanted >> 16), high);
+            _mm512_mask_storeu_ps(out, first, low);
+            _mm512_mask_storeu_ps(out + 16, second, high);
         } else {
             _mm512_mask_storeu_epi16((uint16_t *)job->out + at, wanted,
                                      (__m512i)_mm512_cvtne2ps_pbh(high, low));
@@ -96,58 +120,104 @@ INLINE void store_block(const linear_job *job, int64_t row, int64_t rows, int64_
     }
 }
 
-/* Few rows: the weights are read once, straight from memory, some distance ahead of their use. */
-INLINE void linear_few(const linear_job *job, int64_t begin, int64_t end) {
+/* silu(gate) * up, rounded after each operation as the separate kernels would. */
+INLINE __m256bh gated(const float *gate, const float *up, const float *gate_bias,
+                      const float *up_bias) {
+    vf g = (vf)with_bias(_mm512_load_ps(gate), 0xffff, gate_bias);
+    vf u = (vf)with_bias(_mm512_load_ps(up), 0xffff, up_bias);
+    vf silu = silu_any(DTYPE_BF16, round_any(DTYPE_BF16, g));
+    return _mm512_cvtneps_pbh((__m512)(round_any(DTYPE_BF16, silu) * round_any(DTYPE_BF16, u)));
+}
+
+INLINE void store_gated_block(const linear_job *job, int64_t row, int64_t rows, int64_t feature,
+                              const float *gate, const float *up) {
+    const float *gate_bias = bias_at(job, feature), *up_bias = bias_at(job, job->num_out + feature);
+    for (int64_t i = 0; i < rows; ++i, gate += PANEL, up += PANEL) {
+        uint16_t *out = (uint16_t *)job->out + (row + i) * job->out_stride + feature;
+        for (int half = 0; half < PANEL; half += 16)
+            _mm256_storeu_si256((__m256i *)(out + half),
+                                (__m256i)gated(gate + half, up + half,
+                                               gate_bias ? gate_bias + half : NULL,
+                                               up_bias ? up_bias + half : NULL));
+    }
+}
+
+/* Few rows: the weights are read once, straight from memory, some distance ahead of their use.
+ * `last` is the last address from which reading ahead stays within this thread's share. */
+INLINE void few_panel(const linear_job *job, const char *panel, const char *last, float *c) {
     enum { AHEAD_BYTES = 8192 };
-    int64_t steps = job->inner / INNER_STEP, panel_bytes = steps * PANEL_STEP_BYTES;
-    const char *last = (const char *)job->packed + end * panel_bytes - AHEAD_BYTES;
-    _Alignas(64) float c[BLOCK_ROWS * PANEL];
+    const char *x = job->x;
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t step = 0; step < job->inner / INNER_STEP; ++step, panel += PANEL_STEP_BYTES) {
+        if (panel <= last - AHEAD_BYTES)
+            for (int line = 0; line < PANEL_STEP_BYTES; line += 64)
+                _mm_prefetch(panel + AHEAD_BYTES + line, _MM_HINT_T0);
+        _tile_loadd(4, x + step * INNER_STEP * 2, job->x_stride * 2);
+        _tile_loadd(6, panel, 64);
+        _tile_loadd(7, panel + TILE_BYTES, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, c, PANEL * 4);
+    _tile_stored(1, c + 16, PANEL * 4);
+}
+
+INLINE void linear_few(const linear_job *job, int64_t begin, int64_t end) {
+    int64_t panel_bytes = job->inner * PANEL * 2;
+    const char *packed = job->packed;
+    _Alignas(64) float c[TILE_ROWS * PANEL], up[TILE_ROWS * PANEL];
     configure(job->num_rows);
     for (int64_t item = begin; item < end; ++item) {
-        const char *panel = (const char *)job->packed + item * panel_bytes;
-        const char *x = job->x;
-        _tile_zero(0);
-        _tile_zero(1);
-        for (int64_t step = 0; step < steps; ++step, panel += PANEL_STEP_BYTES) {
-            if (panel <= last)
-                for (int line = 0; line < PANEL_STEP_BYTES; line += 64)
-                    _mm_prefetch(panel + AHEAD_BYTES + line, _MM_HINT_T0);
-            _tile_loadd(4, x + step * INNER_STEP * 2, job->x_stride * 2);
-            _tile_loadd(6, panel, 64);
-            _tile_loadd(7, panel + TILE_BYTES, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
+        few_panel(job, packed + item * panel_bytes, packed + end * panel_bytes, c);
+        if (job->is_gated) {
+            const char *ups = packed + job->num_panels * panel_bytes;
+            few_panel(job, ups + item * panel_bytes, ups + end * panel_bytes, up);
+            store_gated_block(job, 0, job->num_rows, item * PANEL, c, up);
+        } else {
+            store_block(job, 0, job->num_rows, item * PANEL, c);
         }
-        _tile_stored(0, c, PANEL * 4);
-        _tile_stored(1, c + 16, PANEL * 4);
-        store_block(job, 0, job->num_rows, item * PANEL, c);
     }
     _tile_release();
 }
 
-/* Many rows: a panel stays in the first-level cache while the rows of the range pass by; the next
- * panel is fetched meanwhile. */
+/* Many rows: a panel stays in the first-level caches while the rows of the range pass by. */
 INLINE void linear_many(const linear_job *job, int64_t begin, int64_t end) {
     int64_t steps = job->inner / INNER_STEP, panel_bytes = steps * PANEL_STEP_BYTES;
-    _Alignas(64) float c[BLOCK_ROWS * PANEL];
+    int64_t width = job->out_f32 ? 4 : 2;
+    const char *packed = job->packed, *ups = packed + job->num_panels * panel_bytes;
+    _Alignas(64) float c[BLOCK_ROWS * PANEL], up[BLOCK_ROWS * PANEL];
     for (int64_t item = begin; item < end; ++item) {
         int64_t range = item / job->num_panels, index = item % job->num_panels;
         int64_t row = range * job->rows_per_range;
         int64_t last_row = min_i64(row + job->rows_per_range, job->num_rows);
         int64_t num_blocks = (last_row - row + BLOCK_ROWS - 1) / BLOCK_ROWS;
-        int64_t lines = (panel_bytes / 64 + num_blocks - 1) / num_blocks;
-        const char *panel = (const char *)job->packed + index * panel_bytes;
-        const char *ahead = panel + panel_bytes * (item + 1 < end ? 1 : job->num_threads);
-        const char *ahead_end = (const char *)job->packed + job->num_panels * panel_bytes;
+        int64_t next = index + (item + 1 < end ? 1 : job->num_threads);
+        fetch_ahead ahead = {
+            .panel = packed + panel_bytes * next,
+            .panel_end = ups,
+            .panel_lines = (PANEL_STEP_BYTES / 64 + num_blocks - 1) / num_blocks,
+            .out_stride = job->out_stride * width,
+        };
+        fetch_ahead ups_ahead = ahead;
+        ups_ahead.panel += job->num_panels * panel_bytes;
+        ups_ahead.panel_end += job->num_panels * panel_bytes;
         int64_t configured = 0;
         for (; row < last_row; row += BLOCK_ROWS) {
-            for (int64_t line = 0; line < lines && ahead < ahead_end; ++line, ahead += 64)
-                _mm_prefetch(ahead, _MM_HINT_T1);
             int64_t rows = min_i64(BLOCK_ROWS, last_row - row);
             if (rows != configured) configure(configured = rows);
-            tile_block(rows, (const uint16_t *)job->x + row * job->x_stride, job->x_stride * 2,
-                       panel, steps, c, PANEL * 4);
-            store_block(job, row, rows, index * PANEL, c);
+            const uint16_t *x = (const uint16_t *)job->x + row * job->x_stride;
+            ahead.out = (char *)job->out + (row * job->out_stride + index * PANEL) * width;
+            ahead.out_rows = rows;
+            tile_block(rows, x, job->x_stride * 2, packed + index * panel_bytes, steps, c,
+                       PANEL * 4, &ahead);
+            if (job->is_gated) {
+                tile_block(rows, x, job->x_stride * 2, ups + index * panel_bytes, steps, up,
+                           PANEL * 4, &ups_ahead);
+                store_gated_block(job, row, rows, index * PANEL, c, up);
+            } else {
+                store_block(job, row, rows, index * PANEL, c);
+            }
         }
     }
     _tile_release();
@@ -323,7 +393,7 @@ INLINE void multiply_scores(unit_memory *memory, int64_t row, int64_t rows, int6
     configure(rows);
     for (int64_t key = first; key < end; key += PANEL)
         tile_block(rows, memory->q + row * dim, dim * 2, (const char *)(memory->keys + key * dim),
-                   dim / INNER_STEP, memory->scores + key, SCORE_STRIDE * 4);
+                   dim / INNER_STEP, memory->scores + key, SCORE_STRIDE * 4, NULL);
 }
 
 INLINE void multiply_values(unit_memory *memory, int64_t row, int64_t rows, int64_t first,
@@ -333,7 +403,7 @@ INLINE void multiply_values(unit_memory *memory, int64_t row, int64_t rows, int6
     for (int64_t i = 0; i < dim; i += PANEL)
         tile_block(rows, memory->weights + first, WEIGHT_STRIDE * 2,
                    (const char *)(memory->values + i * KEY_CHUNK + first * PANEL),
-                   (end - first) / 32, memory->product + i, dim * 4);
+                   (end - first) / 32, memory->product + i, dim * 4, NULL);
 }
 
 INLINE void finish_unit(void) { _tile_release(); }
@@ -348,6 +418,7 @@ static void merge_amx(const void *job, int64_t begin, int64_t end) {
 void isthmus_fill_amx(kernel_table *table) {
     table->name = "amx-bf16";
     table->linear[DTYPE_BF16] = linear_amx;
+    table->has_gated[DTYPE_BF16] = 1;
     table->attention[DTYPE_BF16] = attend_amx;
     table->merge[DTYPE_BF16] = merge_amx;
 }

@@ -29,6 +29,7 @@ typedef struct {
     int64_t num_rows, inner, num_out;
     int64_t rows_per_range, num_panels;
     int out_f32;
+    int is_gated; /* out = silu(features [0, num_out)) * features [num_out, 2 * num_out) */
     int num_threads;
 } linear_job;
 
@@ -90,6 +91,7 @@ typedef void chunk_fn(const void *job, int64_t begin, int64_t end);
 typedef struct {
     const char *name;
     chunk_fn *linear[2]; /* by dtype; items are range * num_panels + panel */
+    int has_gated[2];    /* whether linear can do `is_gated` */
     chunk_fn *rms_norm[2];
     chunk_fn *silu_mul[2];
     chunk_fn *rope[2];
@@ -103,6 +105,7 @@ void isthmus_fill_portable(kernel_table *table);
 void isthmus_fill_avx2(kernel_table *table);
 void isthmus_fill_avx512(kernel_table *table);
 void isthmus_fill_avx512_bf16(kernel_table *table);
+void isthmus_fill_dot(kernel_table *table);
 void isthmus_fill_amx(kernel_table *table);
 #endif
 

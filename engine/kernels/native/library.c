@@ -13,7 +13,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { VERSION = 1, NUM_LEVELS = 5 };
+enum { VERSION = 2, NUM_LEVELS = 5 };
 enum { SMALL_CALL = 16384 /* elements of a row operation that one thread does sooner alone */ };
 
 static kernel_table tables[NUM_LEVELS];
@@ -65,7 +65,11 @@ __attribute__((constructor)) static void detect(void) {
 #if defined(__x86_64__)
         if (level >= 1) table->name = "avx2", isthmus_fill_avx2(table);
         if (level >= 2) table->name = "avx512", isthmus_fill_avx512(table);
-        if (level >= 3) isthmus_fill_avx512_bf16(table);
+        if (level >= 3) {
+            table->name = "avx512-bf16";
+            isthmus_fill_avx512_bf16(table);
+            isthmus_fill_dot(table);
+        }
         if (level >= 4) isthmus_fill_amx(table);
 #endif
     }
@@ -114,9 +118,15 @@ EXPORT void isthmus_pack(int dtype, const void *weight, int64_t stride, int64_t 
     }
 }
 
+/* Whether isthmus_linear takes `is_gated` for this many outputs, gates not counted. */
+EXPORT int isthmus_has_gated(int dtype, int64_t num_out) {
+    return kernels->has_gated[dtype] && num_out % PANEL == 0;
+}
+
+/* `num_out` counts what is written: half the weight's rows if `is_gated`. */
 EXPORT void isthmus_linear(int dtype, const void *x, int64_t x_stride, const void *packed,
-                           const float *bias, void *out, int out_f32, int64_t num_rows,
-                           int64_t inner, int64_t num_out, int num_threads) {
+                           const float *bias, void *out, int out_f32, int is_gated,
+                           int64_t num_rows, int64_t inner, int64_t num_out, int num_threads) {
     linear_job job = {
         .x = x,
         .packed = packed,
@@ -129,6 +139,7 @@ EXPORT void isthmus_linear(int dtype, const void *x, int64_t x_stride, const voi
         .num_out = num_out,
         .num_panels = (num_out + PANEL - 1) / PANEL,
         .out_f32 = out_f32,
+        .is_gated = is_gated,
         .num_threads = num_threads,
     };
     if (dtype == DTYPE_BF16 && inner % INNER_STEP) { /* the packed weight has zeros there */

@@ -46,8 +46,8 @@ INLINE void silu_rows(int dtype, const silu_job *job, int64_t begin, int64_t end
         for (int64_t i = 0; i < dim; i += LANES) {
             vf gate = load_any(dtype, job->gate_up, at + i, dim - i);
             vf up = load_any(dtype, job->gate_up, at + dim + i, dim - i);
-            vf silu = gate / (splat(1.0f) + exp2_f32(gate * splat(-LOG2_E)));
-            store_any(dtype, job->out, row * dim + i, dim - i, round_any(dtype, silu) * up);
+            vf silu = round_any(dtype, silu_any(dtype, gate));
+            store_any(dtype, job->out, row * dim + i, dim - i, silu * up);
         }
     }
 }

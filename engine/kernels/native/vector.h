@@ -7,6 +7,9 @@
 
 #include <math.h>
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 enum { LANES = 16 };
 typedef float vf __attribute__((vector_size(64)));
@@ -29,6 +32,9 @@ INLINE vf vf_from_bf16(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16)
 
 /* Round to nearest even; NaN stays NaN. */
 INLINE vh bf16_from_vf(vf v) {
+#if defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh((__m512)v);
+#endif
     vu u = (vu)v;
     vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
     vu is_nan = (vu)(v != v);
@@ -105,27 +111,53 @@ INLINE float max_lanes(vf v) {
 INLINE vf select_f32(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 INLINE vf max_f32(vf a, vf b) { return select_f32(a > b, a, b); }
 
-/* 2^x within 2 units in the last place; 0 below -126, inf above 128.
+/* 2^x within 2 units in the last place; 0 far below -126, inf above 128; NaN stays NaN.
  * Minimax polynomial of 2^f on [-0.5, 0.5]; the integer part goes straight into the exponent. */
-INLINE vf exp2_f32(vf x) {
-    vf clamped = select_f32(x < splat(-126.0f), splat(-126.0f), x);
-    clamped = select_f32(clamped > splat(127.99f), splat(127.99f), clamped);
-    vf shifted = clamped + splat(12582912.0f); /* 1.5 * 2^23: rounds to an integer */
-    vi exponent = (vi)shifted << 23;
-    vf f = clamped - (shifted - splat(12582912.0f));
+INLINE vf exp2_polynomial(vf f) {
     vf p = splat(1.535336188319500e-4f);
     p = p * f + splat(1.339887440266574e-3f);
     p = p * f + splat(9.618437357674640e-3f);
     p = p * f + splat(5.550332471162809e-2f);
     p = p * f + splat(2.402264791363012e-1f);
     p = p * f + splat(6.931472028550421e-1f);
-    p = p * f + splat(1.0f);
+    return p * f + splat(1.0f);
+}
+INLINE vf exp2_f32(vf x) {
+#if defined(__AVX512F__)
+    __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)x); /* NaN stays NaN */
+    bounded = _mm512_min_ps(_mm512_set1_ps(160.0f), bounded);
+    __m512 whole = _mm512_roundscale_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vf)_mm512_scalef_ps((__m512)exp2_polynomial((vf)bounded - (vf)whole), whole);
+#else
+    vf clamped = select_f32(x < splat(-126.0f), splat(-126.0f), x);
+    clamped = select_f32(clamped > splat(127.99f), splat(127.99f), clamped);
+    vf shifted = clamped + splat(12582912.0f); /* 1.5 * 2^23: rounds to an integer */
+    vi exponent = (vi)shifted << 23;
+    vf p = exp2_polynomial(clamped - (shifted - splat(12582912.0f)));
     vf y = (vf)((vi)p + exponent);
     y = select_f32(x < splat(-126.0f), splat(0.0f), y);
     y = select_f32(x > splat(127.99f), splat(INFINITY), y);
     return select_f32(x != x, x, y);
+#endif
 }
+
 #define LOG2_E 1.44269504088896341f
+
+/* gate * sigmoid(gate). For bf16 the quotient is an approximation far below its rounding. */
+INLINE vf silu_any(int dtype, vf gate) {
+    vf e = exp2_f32(gate * splat(-LOG2_E));
+#if defined(__AVX512F__)
+    if (dtype == DTYPE_BF16) {
+        /* 2^126 at most: the reciprocal of more would be lost, and inf * 0 below be NaN. */
+        __m512 d = _mm512_min_ps(_mm512_set1_ps(0x1p126f), (__m512)(e + splat(1.0f)));
+        __m512 r = _mm512_rcp14_ps(d);
+        r = _mm512_mul_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(2.0f)));
+        return gate * (vf)r;
+    }
+#endif
+    (void)dtype;
+    return gate / (splat(1.0f) + e);
+}
 
 INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }

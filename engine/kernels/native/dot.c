@@ -63,8 +63,7 @@ static void linear_avx512_bf16(const void *opaque, int64_t begin, int64_t end) {
     }
 }
 
-void isthmus_fill_avx512_bf16(kernel_table *table) {
-    table->name = "avx512-bf16";
+void isthmus_fill_dot(kernel_table *table) {
     table->linear[DTYPE_BF16] = linear_avx512_bf16;
 }
 #endif
