@@ -271,13 +271,15 @@ def test_prefill_holds_its_blocks_even_when_the_first_token_ends_the_answer():
 
 
 def test_prefill_sequences_are_never_preempted():
-    driver = Driver(make_scheduler(num_blocks=11), budget=12)
+    driver = Driver(make_scheduler(num_blocks=27), budget=12)
     driver.submit(make_request("local", num_prompt=4, max_tokens=30), LOCAL)
     driver.step()
-    driver.submit(make_request("prefill", num_prompt=32, first=500), PREFILL)
+    driver.submit(make_request("prefill", num_prompt=96, first=500), PREFILL)
     driver.run()
-    assert driver.announced["prefill"] == [(0, 8), (8, 8), (16, 8), (24, 8)]
     assert driver.scheduler.num_preemptions == 1
+    assert driver.announced["prefill"][:2] == [(0, 8), (8, 8)]
+    assert sum(length for _, length in driver.announced["prefill"]) == 96
+    assert "local" not in driver.finished
     driver.scheduler.release("prefill")
     driver.run()
     assert driver.tokens["local"] == expected_tokens(range(4), 30)
