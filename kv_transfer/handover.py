@@ -1,11 +1,10 @@
 """One sequence's KV on its way from a prefill worker into reserved blocks of a decode worker."""
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 
-from engine.errors import IsthmusError, KvLeaseLostError, PeerUnavailableError
+from engine.errors import KvLeaseLostError, PeerUnavailableError
 from kv_transfer.blocks import HostBlocks, SlotRange, slot_ranges
 from kv_transfer.memory import KvMemory
 from kv_transfer.peer import Peer
@@ -13,8 +12,6 @@ from kv_transfer.plane import WritePermit
 from kv_transfer.report import HandoverReport
 from kv_transfer.session import Session, outcome_of
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
-
-logger = logging.getLogger(__name__)
 
 
 class Handover:
@@ -56,6 +53,12 @@ class Handover:
     def receiver_id(self) -> str:
         """The worker that answers at the address."""
         return self.session.offer.receiver_id
+
+    @property
+    def is_late(self) -> bool:
+        """Less than half of the lease is left."""
+        permit = self._permit
+        return permit.clock() > permit.deadline_s - self.session.lease_s / 2
 
     async def push(self, local_block_ids: Sequence[int], first_token: int, num_tokens: int) -> None:
         """Write the KV of tokens [first_token, first_token + num_tokens); returns when it is there.
@@ -123,7 +126,7 @@ class Handover:
             await asyncio.wait(self._writes)
         self.session.permits.pop(self._permit.lease_id, None)
         if not self._is_committed:
-            await self._release()
+            await self.peer.release(self.session.offer.epoch, self._permit.lease_id)
         self.session.leave()
 
     def fail(self, error: BaseException) -> None:
@@ -157,11 +160,3 @@ class Handover:
         except KvLeaseLostError:
             self.peer.forget(self.session)
             raise
-
-    async def _release(self) -> None:
-        request = pb.ReleaseRequest(epoch=self.session.offer.epoch, lease_id=self._permit.lease_id)
-        try:
-            await self.peer.call(self.peer.calls.Release, request, self._rpc_timeout_s)
-        except IsthmusError as error:
-            # Nothing more is written; the receiver frees the blocks when the lease ends.
-            logger.warning("release failed request_id=%s: %s", self.request_id, error)

@@ -69,7 +69,7 @@ class LeaseTable:
     """Every lease that is live, in quarantine, or ended a short while ago.
 
     Ended leases are remembered for `retention_s` so that a repeated Commit or Release gets the
-    answer of the first one.
+    answer of the first one. One thread changes it; another may read the counts.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class LeaseTable:
 
     @property
     def num_live(self) -> int:
-        return sum(not self._is_revoked(lease) for lease in self._held.values())
+        return sum(not self._is_revoked(lease) for lease in list(self._held.values()))
 
     @property
     def num_quarantined(self) -> int:
-        return sum(self._is_revoked(lease) for lease in self._held.values())
+        return sum(self._is_revoked(lease) for lease in list(self._held.values()))
 
     def grant(
         self,

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from grpc import aio
 
-from engine.errors import KvLeaseLostError
+from engine.errors import IsthmusError, KvLeaseLostError
 from kv_transfer import convert
 from kv_transfer.config import TransferConfig
 from kv_transfer.offer import PROTOCOL_VERSION, Offer, check_same
@@ -85,6 +85,38 @@ class Peer:
         except aio.AioRpcError as error:
             raise error_from_rpc(error) from error
 
+    async def reserve(self, request: pb.ReserveRequest, timeout_s: float) -> pb.ReserveResponse:
+        """Take blocks; a grant that comes in the moment of a cancellation is given back."""
+        call: aio.UnaryUnaryCall[pb.ReserveRequest, pb.ReserveResponse] = self.calls.Reserve(
+            request, timeout=timeout_s
+        )
+        # Waiting for the call itself would drop its answer when both come in one turn of the loop.
+        async with asyncio.TaskGroup() as tasks:
+            answer = tasks.create_task(_answer(call), name="kv-reserve")
+            try:
+                response = await asyncio.shield(answer)
+            except asyncio.CancelledError:
+                call.cancel()  # without effect when the answer is here
+                await asyncio.wait([answer])
+                granted = None if answer.cancelled() else answer.result()
+                if isinstance(granted, pb.ReserveResponse):
+                    await self.release(request.epoch, granted.lease_id)
+                raise
+        if isinstance(response, aio.AioRpcError):
+            raise error_from_rpc(response) from response
+        return response
+
+    async def release(self, epoch: int, lease_id: int) -> None:
+        """Give a lease back; nothing is written under it any more.
+
+        Without an answer the receiver frees the blocks when the lease ends.
+        """
+        request = pb.ReleaseRequest(epoch=epoch, lease_id=lease_id)
+        try:
+            await self.call(self.calls.Release, request, self._config.rpc_timeout_s)
+        except IsthmusError as error:
+            logger.warning("release failed address=%s: %s", self.address, error)
+
     async def renew(self, session: Session, *, timeout_s: float) -> None:
         """Extend every open handover of a session; those that are lost may write no more."""
         permits = dict(session.permits)
@@ -123,3 +155,12 @@ class Peer:
             names=(offer.receiver_id, greeting.sender_id),
         )
         return offer
+
+
+async def _answer(
+    call: "aio.UnaryUnaryCall[pb.ReserveRequest, pb.ReserveResponse]",
+) -> pb.ReserveResponse | aio.AioRpcError:
+    try:
+        return await call
+    except aio.AioRpcError as error:
+        return error

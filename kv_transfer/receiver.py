@@ -117,6 +117,7 @@ class KvReceiver:
 
     @property
     def counters(self) -> ReceiverCounters:
+        """A snapshot; any thread may take it."""
         tcp = self._planes.tcp
         return ReceiverCounters(
             num_live_leases=self._table.num_live,
@@ -124,7 +125,7 @@ class KvReceiver:
             num_waiting_reserves=len(self._pending),
             num_committed_tokens=self._num_committed_tokens,
             num_committed_bytes=self._num_committed_tokens * self._memory.layout.bytes_per_token,
-            ended_leases={str(reason): n for reason, n in self._table.ended.items()},
+            ended_leases={str(reason): n for reason, n in dict(self._table.ended).items()},
             dropped_connections={} if tcp is None else dict(tcp.dropped),
         )
 

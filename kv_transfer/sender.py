@@ -107,10 +107,11 @@ class KvSender:
 
     @property
     def counters(self) -> SenderCounters:
+        """A snapshot; any thread may take it."""
         return SenderCounters(
             num_open_handovers=len(self._handovers),
             num_bytes=dict(self._num_bytes),
-            write_s={name: ns / 1e9 for name, ns in self._write_ns.items()},
+            write_s={name: ns / 1e9 for name, ns in dict(self._write_ns).items()},
             handovers=dict(self._outcomes),
             fallbacks=dict(self._fallbacks),
         )
@@ -180,6 +181,12 @@ class KvSender:
             self._count(report)
             raise
         self._handovers.add(handover)
+        if handover.is_late:  # the pool was full: time went by in the queue
+            try:
+                await self._renew(peer, handover.session)
+            except BaseException:
+                await self.close(handover)
+                raise
         return handover
 
     async def close(self, handover: Handover) -> None:
@@ -231,7 +238,7 @@ class KvSender:
     ) -> Handover:
         request.epoch = session.offer.epoch
         sent_s = self._clock()
-        response = await peer.call(peer.calls.Reserve, request, self._config.reserve_timeout_s)
+        response = await peer.reserve(request, self._config.reserve_timeout_s)
         check_grant(response, request.num_tokens, session.offer)
         lease_s = response.lease_ns / 1e9
         session.lease_s = min(session.lease_s, lease_s)
@@ -239,7 +246,7 @@ class KvSender:
         report.reserve_end_ns = time.time_ns()
         report.data_plane = session.data_plane
         report.num_cached_tokens = response.num_cached_tokens
-        handover = Handover(
+        return Handover(
             request.request_id,
             peer,
             session,
@@ -252,9 +259,6 @@ class KvSender:
             report=report,
             rpc_timeout_s=self._config.rpc_timeout_s,
         )
-        if self._clock() > sent_s + lease_s / 2:  # the pool was full: time went by in the queue
-            await self._renew(peer, session)
-        return handover
 
     async def _close(self, handover: Handover) -> None:
         try:
@@ -272,8 +276,9 @@ class KvSender:
 
     def _count(self, report: HandoverReport) -> None:
         self._outcomes[report.outcome] += 1
-        self._num_bytes[report.data_plane] += report.num_bytes
-        self._write_ns[report.data_plane] += report.write_ns
+        if report.num_bytes:
+            self._num_bytes[report.data_plane] += report.num_bytes
+            self._write_ns[report.data_plane] += report.write_ns
         self._on_end(report)
 
     async def _renew_for_ever(self) -> None:

@@ -25,8 +25,8 @@ from engine.request import Request, SamplingParams
 from engine.runtime.commands import SequenceMode
 from engine.scheduling.block_hash import block_hashes
 from kv_transfer.config import DataPlane
-from kv_transfer.fenced_engine import FencedEngine
 from kv_transfer.handover import Handover
+from kv_transfer.peer import Peer
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sender import KvSender, check_grant
 from mesh.channel import open_channel
@@ -59,6 +59,11 @@ async def complete(pair: KvPair, request_id: str = "r") -> Handover:
 
 def num_free(pair: KvPair) -> int:
     return pair.engine.stats.num_free_blocks
+
+
+async def abort_on_decode(pair: KvPair, request_id: str) -> int:
+    """As a decode worker does it: the fence first."""
+    return await pair.receiver.abort(request_id) + await pair.engine.abort(request_id)
 
 
 async def until(is_so, timeout_s: float = 10.0) -> None:
@@ -219,7 +224,7 @@ async def test_an_abort_on_the_decode_side_ends_the_wait_for_blocks() -> None:
         async with handover_of(pair, "first"):
             second = tasks.create_task(refused(UnknownRequestError, complete(pair, "second")))
             await until(lambda: pair.receiver.counters.num_waiting_reserves == 1)
-            await FencedEngine(pair.engine, pair.receiver).abort("second")
+            await abort_on_decode(pair, "second")
             await second
         assert num_free(pair) == 4
 
@@ -512,6 +517,31 @@ async def test_an_abort_while_waiting_for_blocks(plane: str) -> None:
         assert pair.sender.counters.handovers == {"released": 2}
 
 
+async def test_an_abort_in_the_moment_of_the_grant(monkeypatch) -> None:
+    original = Peer.__init__
+
+    def init(self: Peer, *args: Any, **more: Any) -> None:
+        original(self, *args, **more)
+        reserve = self.calls.Reserve
+
+        def cancelled_by_its_answer(request: pb.ReserveRequest, *, timeout: float) -> Any:
+            call = reserve(request, timeout=timeout)
+            task = asyncio.current_task()
+            assert task is not None
+            call.add_done_callback(lambda _: task.cancel())
+            return call
+
+        monkeypatch.setattr(self.calls, "Reserve", cancelled_by_its_answer)
+
+    monkeypatch.setattr(Peer, "__init__", init)
+    async with kv_pair() as pair:
+        task = asyncio.ensure_future(complete(pair))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert pair.receiver.counters.ended_leases == {"released": 1}
+        assert num_free(pair) == 16
+
+
 @pytest.mark.parametrize("plane", ["shm", "tcp"])
 @pytest.mark.parametrize("num_pushed", [0, 5, 13])
 async def test_an_abort_between_pushes(plane: str, num_pushed: int) -> None:
@@ -569,7 +599,7 @@ async def test_an_abort_during_commit_leaves_the_sequence_to_the_decode_side() -
             await task
         assert engine.committed == [("r", 7)]
         assert pair.receiver.counters.ended_leases == {"committed": 1}
-        assert await FencedEngine(engine, pair.receiver).abort("r") == 4
+        assert await abort_on_decode(pair, "r") == 4
         assert num_free(pair) == 16
 
 
@@ -580,7 +610,7 @@ async def test_an_abort_on_both_sides_at_once_frees_the_blocks_once() -> None:
         permit = handover._permit
         release = pb.ReleaseRequest(epoch=permit.epoch, lease_id=permit.lease_id)
         async with asyncio.TaskGroup() as tasks:
-            aborted = tasks.create_task(FencedEngine(pair.engine, pair.receiver).abort("r"))
+            aborted = tasks.create_task(abort_on_decode(pair, "r"))
             closed = tasks.create_task(pair.sender.close(handover))
             released = [tasks.create_task(release_of(stub, release)) for _ in range(3)]
         assert num_free(pair) == 16
