@@ -467,8 +467,8 @@ operations = st.lists(
             ]
         ),
         st.integers(0, 5),
-        st.integers(1, 24),
-        st.integers(1, 12),
+        st.integers(1, 9),
+        st.integers(1, 8),
     ),
     max_size=80,
 )
