@@ -39,7 +39,8 @@ class TransferConfig:
     """shm: most bytes between two looks at the lease."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data_plane", DataPlane(self.data_plane))
+        if not isinstance(self.data_plane, DataPlane):  # a plain string would compare unequal
+            raise ValueError(f"data_plane must be a DataPlane, got {self.data_plane!r}")
         for name in (
             "lease_s",
             "max_hold_s",
