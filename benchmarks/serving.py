@@ -163,8 +163,12 @@ async def _until_terminated(work: Coroutine[None, None, Outcome]) -> Outcome:
     """Let SIGTERM end the work as Ctrl-C does, so that a mesh of ours is stopped with us."""
     task = asyncio.current_task()
     assert task is not None, "a coroutine runs in a task"
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await work
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await work
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 def main(arguments: Sequence[str]) -> int:

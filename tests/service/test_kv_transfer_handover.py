@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections import Counter
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -647,5 +648,5 @@ async def test_nothing_is_left_open(plane: str) -> None:
     await until(lambda: ours(open_things()) <= before)
 
 
-def ours(things: set[str]) -> set[str]:
-    return {name for name in things if "memfd:" in name or " kv-" in name}
+def ours(things: Counter[str]) -> Counter[str]:
+    return Counter({name: n for name, n in things.items() if "memfd:" in name or " kv-" in name})
