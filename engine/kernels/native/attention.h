@@ -19,7 +19,7 @@
 #include <assert.h>
 
 enum {
-    BLOCK_ROWS = 32,
+    BLOCK_ROWS = MAX_SPLIT_ROWS,
     SCORE_STRIDE = KEY_CHUNK + LANES, /* off a power of two: rows fall into different cache sets */
     WEIGHT_STRIDE = KEY_CHUNK + 32,
 };
@@ -86,17 +86,35 @@ INLINE void seen_keys(const attention_job *job, int64_t position, int64_t key, i
 INLINE void soften_row(const unit_memory *memory, int64_t row, int64_t first, int64_t end,
                        int64_t block_first, int64_t block_end, float scale);
 
-/* Adds one chunk's result of one row to the merged one. Not inlined: each instance could fuse
+/* Adds a chunk's result of some rows to the merged one. Not inlined: each instance could fuse
  * another one of its multiplications, and a split unit must give the bits of a whole one. */
-static __attribute__((noinline)) void merge_row(float *sum, float *max, float *weight, const float *chunk_sum,
-                      float chunk_max, float chunk_weight, int64_t dim) {
-    if (chunk_max == -INFINITY) return;
-    float new_max = *max > chunk_max ? *max : chunk_max;
-    vf keep = exp2_f32(splat(*max - new_max)), add = exp2_f32(splat(chunk_max - new_max));
-    for (int64_t i = 0; i < dim; i += LANES)
-        store_f32(sum + i, load_f32(sum + i) * keep + load_f32(chunk_sum + i) * add);
-    *weight = *weight * keep[0] + chunk_weight * add[0];
-    *max = new_max;
+static __attribute__((noinline)) void merge_rows(int64_t rows, int64_t dim, float *sum, float *max,
+                                                 float *weight, const float *product,
+                                                 const float *chunk_max,
+                                                 const float *chunk_weight) {
+    for (int64_t first = 0; first < rows; first += LANES) {
+        int64_t count = min_i64(rows - first, LANES);
+        vf old_max = load_any(DTYPE_F32, max, first, count);
+        vf its_max = load_any(DTYPE_F32, chunk_max, first, count);
+        vf new_max = max_f32(old_max, its_max);
+        /* Nothing seen so far or in this chunk: -inf - -inf must not become NaN. */
+        vf base = select_f32(new_max == splat(-INFINITY), splat(0.0f), new_max);
+        vf keep = exp2_f32(old_max - base), add = exp2_f32(its_max - base);
+        vf new_weight = load_any(DTYPE_F32, weight, first, count) * keep;
+        new_weight += load_any(DTYPE_F32, chunk_weight, first, count) * add;
+        store_any(DTYPE_F32, max, first, count, new_max);
+        store_any(DTYPE_F32, weight, first, count, new_weight);
+        float keeps[LANES], adds[LANES];
+        store_f32(keeps, keep);
+        store_f32(adds, add);
+        for (int64_t i = 0; i < count; ++i) {
+            float *to = sum + (first + i) * dim;
+            const float *from = product + (first + i) * dim;
+            vf k = splat(keeps[i]), a = splat(adds[i]);
+            for (int64_t at = 0; at < dim; at += LANES)
+                store_f32(to + at, load_f32(to + at) * k + load_f32(from + at) * a);
+        }
+    }
 }
 
 INLINE void write_row(int dtype, const attention_job *job, const attention_unit *unit, int64_t row,
@@ -107,6 +125,12 @@ INLINE void write_row(int dtype, const attention_job *job, const attention_unit 
     vf inverse = splat(1.0f / weight);
     for (int64_t i = 0; i < dim; i += LANES)
         store_any(dtype, job->out, at + i, dim - i, load_f32(sum + i) * inverse);
+}
+
+/* A chunk's result of a split unit, which is one query: max and weight of each head, products. */
+INLINE float *partial_at(const attention_job *job, int64_t chunk, int64_t dim) {
+    int64_t group = job->num_heads / job->num_kv_heads;
+    return job->partials + chunk * group * (dim + 2);
 }
 
 INLINE void attend_block(const attention_job *job, const attention_unit *unit,
@@ -130,19 +154,14 @@ INLINE void attend_block(const attention_job *job, const attention_unit *unit,
         soften_row(memory, i, row_first, row_end, first, end, job->scale * LOG2_E);
     }
     multiply_values(memory, row, rows, first, end);
-    for (int64_t i = 0; i < rows; ++i) {
-        const float *product = memory->product + i * dim;
-        if (unit->partial < 0) {
-            merge_row(memory->sum + (row + i) * dim, memory->max + row + i,
-                      memory->weight + row + i, product, memory->chunk_max[i],
-                      memory->chunk_weight[i], dim);
-        } else { /* [chunk][row][max, weight, padding to 16 lanes, product] */
-            float *partial = job->partials + ((unit->partial + chunk) * memory->rows + row + i) *
-                                                 (dim + LANES);
-            partial[0] = memory->chunk_max[i];
-            partial[1] = memory->chunk_weight[i];
-            memcpy(partial + LANES, product, (size_t)dim * 4);
-        }
+    if (unit->partial < 0) {
+        merge_rows(rows, dim, memory->sum + row * dim, memory->max + row, memory->weight + row,
+                   memory->product, memory->chunk_max, memory->chunk_weight);
+    } else {
+        float *partial = partial_at(job, unit->partial + chunk, dim);
+        memcpy(partial, memory->chunk_max, (size_t)rows * 4);
+        memcpy(partial + group, memory->chunk_weight, (size_t)rows * 4);
+        memcpy(partial + 2 * group, memory->product, (size_t)(rows * dim) * 4);
     }
 }
 
@@ -225,20 +244,21 @@ INLINE void attend_units(int dtype, const attention_job *job, int64_t begin, int
 INLINE void merge_units(int dtype, const attention_job *job, int64_t begin, int64_t end) {
     int64_t group = job->num_heads / job->num_kv_heads;
     int64_t dim = (job->head_dim + 31) / 32 * 32;
-    float *sum = isthmus_scratch(SCRATCH_KERNEL, (size_t)dim * 4);
+    float *sum = isthmus_scratch(SCRATCH_KERNEL, (size_t)(group * (dim + 2)) * 4);
+    float *max = sum + group * dim, *weight = max + group;
     for (int64_t i = begin; i < end; ++i) {
         const attention_unit *unit = &job->units[i];
-        int64_t rows = unit->num_queries * group;
-        for (int64_t row = 0; row < rows; ++row) {
-            float max = -INFINITY, weight = 0;
-            memset(sum, 0, (size_t)dim * 4);
-            for (int64_t chunk = 0; chunk < unit->end_chunk - unit->first_chunk; ++chunk) {
-                const float *partial =
-                    job->partials + ((unit->partial + chunk) * rows + row) * (dim + LANES);
-                merge_row(sum, &max, &weight, partial + LANES, partial[0], partial[1], dim);
-            }
-            write_row(dtype, job, unit, row, sum, weight);
+        memset(sum, 0, (size_t)(group * dim) * 4);
+        for (int64_t row = 0; row < group; ++row) {
+            max[row] = -INFINITY;
+            weight[row] = 0;
         }
+        for (int64_t chunk = 0; chunk < unit->end_chunk - unit->first_chunk; ++chunk) {
+            const float *partial = partial_at(job, unit->partial + chunk, dim);
+            merge_rows(group, dim, sum, max, weight, partial + 2 * group, partial, partial + group);
+        }
+        for (int64_t row = 0; row < group; ++row)
+            write_row(dtype, job, unit, row, sum + row * dim, weight[row]);
     }
 }
 

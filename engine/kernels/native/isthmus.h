@@ -84,6 +84,8 @@ typedef struct {
 
 /* Rows of one attention unit; a unit has at least one token, so at most max(this, H / G) rows. */
 enum { UNIT_ROWS = 192 };
+/* Rows of a unit that may be split along its context. */
+enum { MAX_SPLIT_ROWS = 32 };
 
 /* Each entry handles items [begin, end) of its job, on any thread. */
 typedef void chunk_fn(const void *job, int64_t begin, int64_t end);

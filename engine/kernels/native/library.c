@@ -315,6 +315,7 @@ EXPORT void isthmus_attention(int dtype, const void *q, void *out, const void *k
     }
     int64_t wanted = num_threads > 1 ? 4 * num_threads : 1;
     int64_t num_parts = num_units > 0 ? (wanted + num_units - 1) / num_units : 1;
+    if (group > MAX_SPLIT_ROWS) num_parts = 1;
     int64_t max_units = num_units + num_singles * job.num_kv_heads * (num_parts + 1);
     attention_plan plan = {0};
     plan.units = isthmus_scratch(SCRATCH_UNITS, (size_t)max_units * sizeof(attention_unit));
@@ -327,7 +328,7 @@ EXPORT void isthmus_attention(int dtype, const void *q, void *out, const void *k
         if (query_start[i + 1] - query_start[i] == 1) plan_single(&plan, &job, i, num_parts);
     job.units = plan.units;
     if (plan.num_partial_chunks) {
-        int64_t row = round_up(job.head_dim, 32) + 16;
+        int64_t row = round_up(job.head_dim, 32) + 2;
         job.partials = isthmus_scratch(SCRATCH_CALL,
                                        (size_t)(plan.num_partial_chunks * group * row) * 4);
     }
