@@ -10,7 +10,6 @@ import pytest
 
 from tests.e2e.mesh_process import MeshProcess, mesh_process
 
-pytestmark = pytest.mark.slow  # each test starts a mesh of four workers
 NUM_TOKENS = 200
 BODY = {
     "prompt": "Once upon a time, on a narrow strip of land between two seas, there lived",

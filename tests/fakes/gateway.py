@@ -46,37 +46,53 @@ async def gateway_over(
     template: str | None = CHAT_TEMPLATE,
 ) -> AsyncIterator[RunningGateway]:
     """Start the workers and a gateway, and wait until it is connected to all."""
+    async with (
+        running(*workers),
+        gateway_over_started(
+            *workers, max_num_sequences=max_num_sequences, recovery=recovery, template=template
+        ) as gateway,
+    ):
+        yield gateway
+
+
+@asynccontextmanager
+async def gateway_over_started(
+    *workers: FakeWorker,
+    max_num_sequences: int = 64,
+    recovery: RecoveryConfig = QUICK_RECOVERY,
+    template: str | None = CHAT_TEMPLATE,
+) -> AsyncIterator[RunningGateway]:
+    """The same over workers that run already."""
     registry = CollectorRegistry()
-    async with running(*workers):
-        directory = StaticDirectory(*workers)
-        async with (
-            asyncio.TaskGroup() as tasks,
-            WorkerPools(directory, LeastLoaded(), model_id=MODEL_ID) as pools,
-        ):
-            service = InferenceService(
-                model_id=MODEL_ID,
-                tokenizer=byte_tokenizer(),
-                chat_template=ChatTemplate(template, {}) if template is not None else None,
-                pools=pools,
-                admission=Admission(max_num_sequences),
-                metrics=GatewayMetrics(registry),
-                recovery=recovery,
-                tasks=tasks,
+    directory = StaticDirectory(*workers)
+    async with (
+        asyncio.TaskGroup() as tasks,
+        WorkerPools(directory, LeastLoaded(), model_id=MODEL_ID) as pools,
+    ):
+        service = InferenceService(
+            model_id=MODEL_ID,
+            tokenizer=byte_tokenizer(),
+            chat_template=ChatTemplate(template, {}) if template is not None else None,
+            pools=pools,
+            admission=Admission(max_num_sequences),
+            metrics=GatewayMetrics(registry),
+            recovery=recovery,
+            tasks=tasks,
+        )
+        while not all(worker.stream.is_available for worker in pools.decode.values()):
+            await pools.wait_for_change()
+        async with open_doors(
+            service,
+            registry,
+            host="127.0.0.1",
+            http_port=0,
+            grpc_port=0,
+            drain_grace_s=0.2,
+        ) as doors:
+            yield RunningGateway(
+                http_url=f"http://{doors.http}",
+                grpc_address=doors.grpc,
+                service=service,
+                directory=directory,
+                registry=registry,
             )
-            while not all(worker.stream.is_available for worker in pools.decode.values()):
-                await pools.wait_for_change()
-            async with open_doors(
-                service,
-                registry,
-                host="127.0.0.1",
-                http_port=0,
-                grpc_port=0,
-                drain_grace_s=0.2,
-            ) as doors:
-                yield RunningGateway(
-                    http_url=f"http://{doors.http}",
-                    grpc_address=doors.grpc,
-                    service=service,
-                    directory=directory,
-                    registry=registry,
-                )

@@ -187,6 +187,8 @@ class FakeDecodeWorker(FakeWorker):
     num_reserved_ever: int = 0
     num_prefill_tokens: int = 0
     step_s: float = 0.0
+    """All running sequences get their tokens together, this often; 0: each as fast as it goes."""
+    _next_step: "asyncio.Future[None] | None" = None
     _leases: dict[int, str] = field(default_factory=dict)
     _commits: dict[str, "asyncio.Future[int]"] = field(default_factory=dict)
 
@@ -230,6 +232,18 @@ class FakeDecodeWorker(FakeWorker):
         self.note()
         return 1 if sequence is not None or was_reserved else 0
 
+    async def _step(self) -> None:
+        """Wait for the next step, which all that wait for it share."""
+        if self._next_step is None:
+            loop = asyncio.get_running_loop()
+            step = self._next_step = loop.create_future()
+            loop.call_later(self.step_s, self._end_step, step)
+        await asyncio.shield(self._next_step)
+
+    def _end_step(self, step: "asyncio.Future[None]") -> None:
+        self._next_step = None
+        step.set_result(None)
+
     async def run(self, sequence: OpenSequence) -> None:
         submit = sequence.submit
         sampling, request_id = submit.sampling, submit.request_id
@@ -243,7 +257,7 @@ class FakeDecodeWorker(FakeWorker):
         while True:
             await self.tap.wait()
             if self.step_s:
-                await asyncio.sleep(self.step_s)
+                await self._step()
             token_id = self.draw(prompt, len(outputs), sampling)
             outputs.append(token_id)
             reason = self.finish_reason(token_id, len(outputs), sampling)
@@ -333,6 +347,7 @@ class _DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     ) -> None:
         while True:
             batch = [await outputs.get()]
+            await asyncio.sleep(0)  # what the same step still puts there
             while not outputs.empty():
                 batch.append(outputs.get_nowait())
             await context.write(decode_pb2.ServeResponse(outputs=batch))
