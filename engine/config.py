@@ -19,7 +19,7 @@ class EngineConfig:
     kv_pool_bytes: int | None = None
     """None: `kv_memory_fraction` of the memory that is free once the model is loaded."""
     kv_memory_fraction: float | None = None
-    """None: 0.9 of a CUDA device, 0.1 of a CPU host's memory, which others need too."""
+    """None: 0.9 of a CUDA device; of a CPU host's memory 0.05, but room for two contexts."""
     max_num_batched_tokens: int = 512
     """Tokens of one step; a prompt longer than what decoding leaves of it takes several steps."""
     shared_step_tokens_per_thread: int = 128

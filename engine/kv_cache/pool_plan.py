@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from engine.config import EngineConfig
 from engine.kv_cache.layout import KvLayout
 
-DEFAULT_MEMORY_FRACTION = {"cpu": 0.1, "cuda": 0.9}
+DEFAULT_MEMORY_FRACTION = {"cpu": 0.05, "cuda": 0.9}
+"""Of what is free. On CPU every page is taken at start-up, and other programs live there too."""
+DEFAULT_CPU_SEQUENCES = 2
+"""A small host gives the pool this many whole contexts, unless that is half of what is free."""
 
 
 class KvPoolTooSmallError(ValueError):
@@ -48,6 +51,9 @@ def plan_kv_pool(
     else:
         fraction = config.kv_memory_fraction or DEFAULT_MEMORY_FRACTION[device_type]
         num_bytes = int(free_bytes * fraction)
+        if config.kv_memory_fraction is None and device_type == "cpu":
+            wanted_bytes = DEFAULT_CPU_SEQUENCES * blocks_per_sequence * layout.block_bytes
+            num_bytes = max(num_bytes, min(wanted_bytes, free_bytes // 2))
     num_blocks = num_bytes // layout.block_bytes
     if num_blocks < blocks_per_sequence:
         raise KvPoolTooSmallError(

@@ -89,6 +89,13 @@ def test_plan_stops_at_what_the_sequences_could_use():
     assert plan(EngineConfig(max_num_sequences=2), 1 << 30).num_blocks == 16
 
 
+def test_a_small_host_gives_two_contexts_or_half_of_what_is_free():
+    context_bytes = 8 * LAYOUT.block_bytes
+    assert plan(EngineConfig(), 10 * context_bytes).num_blocks == 16
+    assert plan(EngineConfig(), 3 * context_bytes).num_blocks == 12
+    assert plan(EngineConfig(), 100 * context_bytes).num_blocks == 40
+
+
 def test_plan_names_what_to_change_when_one_sequence_does_not_fit():
     with pytest.raises(KvPoolTooSmallError, match="lower max_context_tokens"):
         plan(EngineConfig(kv_pool_bytes=LAYOUT.block_bytes * 7), 1 << 30)
