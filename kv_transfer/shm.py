@@ -7,6 +7,7 @@ the middle of a slice still holds the lock, so its blocks stay in quarantine unt
 dies; no assumption about time is needed.
 """
 
+import contextlib
 import fcntl
 import hmac
 import mmap
@@ -21,14 +22,13 @@ import numpy as np
 
 from engine.errors import KvLeaseLostError, PeerUnavailableError
 from engine.kv_cache.layout import KvLayout
+from engine.kv_cache.populate import populate
 from kv_transfer import range_lock
 from kv_transfer.blocks import BlockSource, HostBlocks, SlotRange
 from kv_transfer.memory import NONCE_BYTES, KvMemory
 from kv_transfer.offer import ShmOffer
 from kv_transfer.plane import WritePermit, WriteWindow
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
-_POPULATE_BYTES = 1 << 20
 _PATH = re.compile(r"/proc/[1-9][0-9]{0,9}/fd/(0|[1-9][0-9]{0,6})")
 
 
@@ -89,18 +89,9 @@ class ShmWriter:
             os.close(self._fd)
 
     def _populate(self) -> None:
-        """Map the pool's pages ahead of the writes: faults would take longer than the copies.
-
-        In small pieces, because the interpreter lock is held meanwhile.
-        """
-        for offset in range(0, len(self._map), _POPULATE_BYTES):
-            if self._is_closed.is_set():
-                return
-            num_bytes = min(_POPULATE_BYTES, len(self._map) - offset)
-            try:
-                self._map.madvise(_MADV_POPULATE_WRITE, offset, num_bytes)
-            except OSError:
-                return  # an older kernel: pages come one by one, on first use
+        """Map the pool's pages ahead of the writes: faults would take longer than the copies."""
+        with contextlib.suppress(OSError):  # pages come one by one then, on first use
+            populate(self._map, is_wanted=lambda: not self._is_closed.is_set())
 
 
 class ShmIntake:

@@ -3,6 +3,7 @@
 Shape suffixes: P blocks, L layers, J key then value, G KV heads, C slots in a block, A head dim.
 """
 
+import errno
 import mmap
 import os
 from collections.abc import Sequence
@@ -11,9 +12,9 @@ from typing import Self
 import torch
 
 from engine.kv_cache.layout import KvLayout
+from engine.kv_cache.populate import populate
 
 NONCE_BYTES = 16
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -121,11 +122,11 @@ def _prefault(memory: mmap.mmap) -> None:
     It also turns a host that is too small into an error at start-up.
     """
     try:
-        memory.madvise(_MADV_POPULATE_WRITE)
+        populate(memory)
     except OSError as error:
-        if error.errno == 12:  # ENOMEM
-            raise MemoryError(
-                f"the KV pool of {len(memory)} bytes does not fit this host's memory; "
-                "lower kv_pool_bytes or kv_memory_fraction"
-            ) from error
-        # An older kernel: pages come one by one, on first use.
+        if error.errno != errno.ENOMEM:
+            raise
+        raise MemoryError(
+            f"the KV pool of {len(memory)} bytes does not fit this host's memory; "
+            "lower kv_pool_bytes or kv_memory_fraction"
+        ) from error
