@@ -12,6 +12,10 @@ IsthmusError
  +-- KvCorruptionError       a checksum failed
  +-- DeadlineError           the time for the request is spent
  +-- EngineDeadError         the process must be replaced
+ |    +-- RankGroupError           one rank's trouble ends the whole group of ranks
+ |         +-- RankDeadError            a rank's process is gone
+ |         +-- CollectiveTimeoutError   a rank did not come to a collective in time
+ |         +-- CollectiveAbortedError   a rank called the group off
  +-- CheckpointError         a model cannot be loaded as it is on disk
 """
 
@@ -62,6 +66,31 @@ class DeadlineError(IsthmusError):
 
 class EngineDeadError(IsthmusError):
     """The engine thread died; the process must be replaced."""
+
+
+class RankGroupError(EngineDeadError):
+    """A group of ranks cannot go on; every process of it must be replaced.
+
+    `rank` is the global rank that is to blame, None where that is not known; `operation` is what
+    this rank was doing, such as "tp all_reduce".
+    """
+
+    def __init__(self, text: str, *, rank: int | None = None, operation: str = "") -> None:
+        super().__init__(text)
+        self.rank = rank
+        self.operation = operation
+
+
+class RankDeadError(RankGroupError):
+    """The process of a rank is gone; the text names the rank and what this rank was doing."""
+
+
+class CollectiveTimeoutError(RankGroupError):
+    """A rank did not come to a collective in time: it is stopped, or far behind."""
+
+
+class CollectiveAbortedError(RankGroupError):
+    """A rank called the group off; the text has its reason."""
 
 
 class CheckpointError(IsthmusError):

@@ -11,6 +11,8 @@ from grpc import StatusCode, aio
 from engine.errors import (
     CapacityError,
     CheckpointError,
+    CollectiveAbortedError,
+    CollectiveTimeoutError,
     DeadlineError,
     DuplicateRequestError,
     EngineDeadError,
@@ -21,6 +23,8 @@ from engine.errors import (
     LayoutMismatchError,
     NotReadyError,
     PeerUnavailableError,
+    RankDeadError,
+    RankGroupError,
     UnknownRequestError,
 )
 
@@ -41,6 +45,10 @@ STATUS_OF: dict[type[IsthmusError], StatusCode] = {
     KvCorruptionError: StatusCode.DATA_LOSS,  # retry from prefill
     DeadlineError: StatusCode.DEADLINE_EXCEEDED,
     EngineDeadError: StatusCode.INTERNAL,
+    RankGroupError: StatusCode.INTERNAL,
+    RankDeadError: StatusCode.INTERNAL,
+    CollectiveTimeoutError: StatusCode.INTERNAL,
+    CollectiveAbortedError: StatusCode.INTERNAL,
     CheckpointError: StatusCode.FAILED_PRECONDITION,
 }
 

@@ -68,7 +68,7 @@ class LmHead(ShardedModule):
     def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None, "weights are not loaded"
         local_BV = self._kernels.linear_float32(hidden_BD, self.packed)
-        return self._axis.all_gather_last_dim(local_BV)
+        return self._axis.all_gather(local_BV)
 
 
 def _vocabulary_shard(

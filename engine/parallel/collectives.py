@@ -1,0 +1,85 @@
+"""What the ranks of one axis can do together; implementations differ by how bytes travel."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CollectivesConfig:
+    """Time-outs and buffers of a rank group."""
+
+    collective_timeout_s: float = 30.0
+    """The longest wait for another rank in one collective; then the group is given up."""
+    join_timeout_s: float = 300.0
+    """The longest wait for all ranks to start."""
+    collective_buffer_bytes: int = 256 * 1024
+    """Shared memory a rank writes at a time; larger tensors go in pieces. Twice this a rank."""
+    mailbox_bytes: int = 4 * 1024 * 1024
+    """Shared memory from one rank to another; a send that fits does not wait for its receiver."""
+
+    def __post_init__(self) -> None:
+        for name in ("collective_timeout_s", "join_timeout_s"):
+            if not 0 < getattr(self, name) <= 1e6:
+                raise ValueError(f"{name} must be in (0, 1e6], got {getattr(self, name)}")
+        for name in ("collective_buffer_bytes", "mailbox_bytes"):
+            if not 64 * 1024 <= getattr(self, name) <= 1 << 30:
+                raise ValueError(f"{name} must be in [65536, 2**30], got {getattr(self, name)}")
+
+
+class Collectives(Protocol):
+    """Exchange among the ranks of one group; `rank` arguments are positions in the group.
+
+    Order is a contract: every rank of the group makes the same calls in the same order, from one
+    thread, except that send and receive concern two ranks only. Tensors are contiguous and flat;
+    lengths are elements. After an error the group is of no use any more.
+
+    Raises (every call):
+        RankDeadError: the process of a rank is gone.
+        CollectiveTimeoutError: a rank did not come within the time-out.
+        CollectiveAbortedError: a rank called `abort`.
+    """
+
+    name: str
+    """How bytes travel: "shm", "gloo", "nccl"."""
+
+    def all_reduce(self, x: torch.Tensor) -> None:
+        """Sum over the ranks, in place: the same bits on every rank.
+
+        float16 and bfloat16 are summed in float32 and rounded once.
+        """
+
+    def all_gather(self, x: torch.Tensor, out: torch.Tensor, lengths: Sequence[int]) -> None:
+        """Fill `out` with every rank's `x`, in rank order; rank r's has lengths[r] elements."""
+
+    def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor, lengths: Sequence[int]) -> None:
+        """Fill `out` with this rank's part of the sum of `x`; rank r's has lengths[r] elements."""
+
+    def all_to_all(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        send_lengths: Sequence[int],
+        receive_lengths: Sequence[int],
+    ) -> None:
+        """Send the r-th part of `x` to rank r; parts received stand in `out` in rank order."""
+
+    def broadcast(self, x: torch.Tensor, source: int, *, timeout_s: float | None = None) -> None:
+        """Copy `x` of rank `source` to the others'; `timeout_s` in place of the configured one.
+
+        With `math.inf` the wait lasts as long as all ranks live.
+        """
+
+    def send(self, x: torch.Tensor, to: int) -> None:
+        """Send to one rank, which calls `receive`; may return before it does, and may wait."""
+
+    def receive(self, x: torch.Tensor, source: int) -> None:
+        """Fill `x` with what rank `source` sends; both sides must agree on the size."""
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+
+    def close(self) -> None:
+        """Give up buffers and connections; the other ranks need not be there any more."""

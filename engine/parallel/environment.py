@@ -1,0 +1,90 @@
+"""Where this process stands among the ranks: torch.distributed's standard environment.
+
+torchrun, LeaderWorkerSet or our launcher set it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from engine.parallel.layout import ParallelLayout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankEnvironment:
+    """One process's place, and where the ranks meet."""
+
+    rank: int
+    """Global: 0 is the one that serves."""
+    world_size: int
+    local_rank: int
+    """Among the ranks of this host; chooses the CUDA device."""
+    master_address: str
+    master_port: int
+    is_store_elsewhere: bool = False
+    """The launcher keeps the store (torchrun's agent does); else rank 0 does."""
+    attempt: int = 0
+    """Counts restarts by the launcher, so that they do not read each other's keys."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"RANK must be in [0, WORLD_SIZE={self.world_size}), got {self.rank}")
+        if self.local_rank < 0:
+            raise ValueError(f"LOCAL_RANK must not be negative, got {self.local_rank}")
+        if not 0 < self.master_port < 65536:
+            raise ValueError(f"MASTER_PORT must be in [1, 65535], got {self.master_port}")
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> "RankEnvironment | None":
+        """Read RANK and its companions; None where RANK is not set: a process on its own.
+
+        Raises:
+            ValueError: a variable is missing or not a number; the text names it.
+        """
+        if "RANK" not in environment:
+            return None
+        if "MASTER_ADDR" not in environment:
+            raise ValueError("RANK is set, but MASTER_ADDR is not: set it to the host of rank 0")
+        return cls(
+            rank=_number(environment, "RANK"),
+            world_size=_number(environment, "WORLD_SIZE"),
+            local_rank=_number(environment, "LOCAL_RANK", "0"),
+            master_address=environment["MASTER_ADDR"],
+            master_port=_number(environment, "MASTER_PORT"),
+            is_store_elsewhere=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            attempt=_number(environment, "TORCHELASTIC_RESTART_COUNT", "0"),
+        )
+
+    def check_layout(self, layout: ParallelLayout) -> None:
+        """Raise ValueError unless the layout has just as many ranks as were started."""
+        if self.world_size != layout.num_ranks:
+            raise ValueError(
+                f"WORLD_SIZE is {self.world_size}, but the layout {layout} has {layout.num_ranks} "
+                f"ranks: start {layout.num_ranks} processes, or give a layout of {self.world_size}"
+            )
+
+    def open_store(self, timeout_s: float) -> Store:
+        """Connect to the store, or start it on rank 0.
+
+        Raises:
+            RuntimeError: nobody answers there within `timeout_s` (torch's own error).
+        """
+        store = TCPStore(
+            self.master_address,
+            self.master_port,
+            is_master=self.rank == 0 and not self.is_store_elsewhere,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+        return PrefixStore(f"isthmus/{self.attempt}", store)
+
+
+def _number(environment: Mapping[str, str], name: str, default: str | None = None) -> int:
+    text = environment.get(name, default)
+    if text is None:
+        raise ValueError(f"RANK is set, but {name} is not")
+    if not text.isdecimal():
+        raise ValueError(f"{name} must be a whole number, got {text!r}")
+    return int(text)

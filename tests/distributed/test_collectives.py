@@ -1,0 +1,133 @@
+"""Every way of talking gives what plain torch gives on the tensors of all ranks together."""
+
+import random
+
+import pytest
+import torch
+
+from engine.parallel import RankGroup
+from tests.distributed.ranks import run_ranks
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64)
+
+
+def tensor_of(rank: int, call: int, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """What a rank hands to a call: any rank can make it again."""
+    generator = torch.Generator().manual_seed(1000 * call + rank)
+    return (torch.randn(shape, generator=generator) * 8).to(dtype)
+
+
+def random_shape(draw: random.Random) -> list[int]:
+    num_dims = draw.randint(1, 3)
+    most = draw.choice((1, 3, {1: 90_000, 2: 300, 3: 45}[num_dims]))
+    return [draw.randint(0 if draw.random() < 0.1 else 1, most) for _ in range(num_dims)]
+
+
+def summed(parts: list[torch.Tensor]) -> torch.Tensor:
+    """In rank order, in float32 at least, rounded once."""
+    dtype = parts[0].dtype
+    wide = torch.float32 if dtype in {torch.float16, torch.bfloat16} else dtype
+    total = parts[0].to(wide)
+    for part in parts[1:]:
+        total = total + part.to(wide)
+    return total.to(dtype)
+
+
+def make_random_calls(group: RankGroup, seed: int, num_calls: int) -> list[str]:
+    axis = group.axes.tp
+    draw = random.Random(seed)
+    made = []
+    for call in range(num_calls):
+        dtype = draw.choice(DTYPES)
+        shape = random_shape(draw)
+        operation = draw.choice(
+            ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "ring")
+        )
+        made.append(f"call {call}: {operation} {dtype} {shape}")
+        dim = draw.randrange(len(shape))
+        sizes = [draw.choice((0, 1, 2, 7, 33)) for _ in range(axis.size)]
+        if operation == "all_reduce":
+            parts = [tensor_of(r, call, shape, dtype) for r in range(axis.size)]
+            found, expected = axis.all_reduce(parts[axis.rank].clone()), summed(parts)
+        elif operation == "all_gather":
+            shapes = [[*shape[:dim], size, *shape[dim + 1 :]] for size in sizes]
+            parts = [tensor_of(r, call, shapes[r], dtype) for r in range(axis.size)]
+            found = axis.all_gather(parts[axis.rank], dim, sizes)
+            expected = torch.cat(parts, dim)
+        elif operation == "reduce_scatter":
+            whole = [*shape[:dim], sum(sizes), *shape[dim + 1 :]]
+            parts = [tensor_of(r, call, whole, dtype) for r in range(axis.size)]
+            found = axis.reduce_scatter(parts[axis.rank], dim, sizes)
+            expected = summed(parts).split(sizes, dim)[axis.rank]
+        elif operation == "all_to_all":
+            counts = [
+                [draw.choice((0, 0, 1, 5, 40)) for _ in range(axis.size)] for _ in range(axis.size)
+            ]
+            parts = [
+                tensor_of(r, call, [sum(counts[r]), *shape[1:]], dtype) for r in range(axis.size)
+            ]
+            receives = [counts[r][axis.rank] for r in range(axis.size)]
+            found = axis.all_to_all(parts[axis.rank], counts[axis.rank], receives)
+            expected = torch.cat([parts[r].split(counts[r])[axis.rank] for r in range(axis.size)])
+        elif operation == "broadcast":
+            source = draw.randrange(axis.size)
+            found = axis.broadcast(tensor_of(axis.rank, call, shape, dtype), source)
+            expected = tensor_of(source, call, shape, dtype)
+        else:
+            before, after = (axis.rank - 1) % axis.size, (axis.rank + 1) % axis.size
+            mine = tensor_of(axis.rank, call, shape, dtype)
+            found, expected = torch.empty_like(mine), tensor_of(before, call, shape, dtype)
+            if axis.size == 1:
+                continue
+            if axis.rank == 0:
+                axis.send(mine, after)
+                axis.receive(found, before)
+            else:
+                axis.receive(found, before)
+                axis.send(mine, after)
+        torch.testing.assert_close(
+            found,
+            expected,
+            rtol=1e-5 if dtype == torch.float32 else None,
+            atol=None if dtype != torch.float32 else 1e-4,
+            msg=lambda text: f"{made[-1]}: {text}",
+        )
+    return made
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 8])
+def test_random_calls_give_what_torch_gives(num_ranks: int) -> None:
+    made = run_ranks(num_ranks, make_random_calls, num_ranks, 60)
+    assert all(calls == made[0] for calls in made)
+
+
+def reduce_on_every_axis(group: RankGroup) -> dict[str, list[float]]:
+    found = {}
+    for name in ("tp", "pp", "ep", "sp", "dp", "expert_tp", "world"):
+        axis = getattr(group.axes, name)
+        ranks = axis.all_gather(torch.tensor([float(group.rank)]))
+        found[name] = ranks.tolist()
+    return found
+
+
+def test_each_axis_talks_to_its_own_ranks() -> None:
+    found = run_ranks("dp=2,pp=2,tp=2,ep=4", reduce_on_every_axis)
+    assert found[5] == {
+        "tp": [4, 5],
+        "pp": [5, 7],
+        "ep": [0, 1, 4, 5],
+        "sp": [5],
+        "dp": [1, 5],
+        "expert_tp": [5],
+        "world": [0, 1, 2, 3, 4, 5, 6, 7],
+    }
+
+
+def broadcast_text(group: RankGroup, text: bytes) -> bytes:
+    mine = text if group.rank == 1 else None
+    return group.axes.world.broadcast_bytes(mine, 1, max_bytes=1 << 20)
+
+
+@pytest.mark.parametrize("text", [b"", b"step", b"x" * 300_000])
+def test_bytes_of_any_length_are_broadcast(text: bytes) -> None:
+    assert run_ranks(3, broadcast_text, text) == [text] * 3
