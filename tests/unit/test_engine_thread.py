@@ -95,6 +95,22 @@ async def test_abort_frees_blocks_and_silences_the_request():
         assert await thread.abort("never seen") == 0
 
 
+@pytest.mark.parametrize("mode", [LOCAL, PREFILL])
+async def test_abort_takes_effect_at_the_end_of_the_step_that_runs(mode):
+    """A prompt of three chunks, aborted in the first, is computed no further."""
+    engine = make_engine(max_num_batched_tokens=32)
+    async with EngineThread(engine) as thread:
+        engine.executor.gate.clear()
+        thread.submit(request(max_tokens=500), mode, ListSink())
+        await asyncio.to_thread(engine.executor.entered.wait)
+        aborting = asyncio.ensure_future(thread.abort("a"))
+        await asyncio.sleep(0)
+        engine.executor.gate.set()
+        assert await aborting == 5
+        assert (thread.stats.num_steps, thread.stats.num_free_blocks) == (1, 64)
+    assert engine.stats.num_steps == 1
+
+
 async def test_no_event_of_an_aborted_request_reaches_its_successor():
     first, second, engine = ListSink(), ListSink(), make_engine()
     async with EngineThread(engine) as thread:
