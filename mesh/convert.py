@@ -4,9 +4,8 @@ import math
 from collections.abc import Callable
 
 from engine.errors import InvalidRequestError
-from engine.kv_cache.layout import KvLayout
 from engine.request import FinishReason, SamplingParams, TokenLogprobs
-from protos.isthmus.v1 import kv_transfer_pb2, sampling_pb2
+from protos.isthmus.v1 import sampling_pb2
 
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
@@ -151,27 +150,3 @@ def finish_reason_from_pb(value: int) -> FinishReason | None:
     if value == sampling_pb2.FINISH_REASON_UNSPECIFIED:
         return None
     return _FINISH_FROM_PB.get(value, FinishReason.STOP)
-
-
-def layout_to_pb(layout: KvLayout) -> kv_transfer_pb2.KvLayout:
-    return kv_transfer_pb2.KvLayout(
-        num_layers=layout.num_layers,
-        num_kv_heads=layout.num_kv_heads,
-        head_dim=layout.head_dim,
-        block_size_tokens=layout.block_size_tokens,
-        dtype=layout.dtype,
-    )
-
-
-def layout_from_pb(message: kv_transfer_pb2.KvLayout) -> KvLayout:
-    """Raises InvalidRequestError when a dimension or the dtype is out of range."""
-    try:
-        return KvLayout(
-            num_layers=message.num_layers,
-            num_kv_heads=message.num_kv_heads,
-            head_dim=message.head_dim,
-            block_size_tokens=message.block_size_tokens,
-            dtype=message.dtype,
-        )
-    except ValueError as error:
-        raise InvalidRequestError(f"KV layout: {error}") from error

@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,10 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import InvalidRequestError
-from engine.kv_cache.layout import KvLayout
 from engine.request import FinishReason, SamplingParams, TokenLogprobs
 from mesh import convert
-from protos.isthmus.v1 import kv_transfer_pb2
 from protos.isthmus.v1 import sampling_pb2 as pb
 
 TOKEN_ID = st.integers(0, 2**32 - 1)
@@ -121,30 +118,3 @@ def test_every_finish_reason_of_the_wire_has_a_meaning() -> None:
 def test_logprobs_survive_the_wire() -> None:
     logprobs = TokenLogprobs(-0.5, ((7, -0.5), (9, -math.inf)))
     assert convert.logprobs_from_pb(convert.logprobs_to_pb(logprobs)) == logprobs
-
-
-LAYOUT = KvLayout(
-    num_layers=30, num_kv_heads=3, head_dim=64, block_size_tokens=16, dtype="bfloat16"
-)
-
-
-def test_layouts_survive_the_wire() -> None:
-    assert convert.layout_from_pb(convert.layout_to_pb(LAYOUT)) == LAYOUT
-    other = replace(LAYOUT, dtype="float32")
-    assert convert.layout_from_pb(convert.layout_to_pb(other)) != LAYOUT
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("num_layers", 0), ("head_dim", 2**32 - 1), ("dtype", "int8"), ("dtype", "")],
-)
-def test_a_layout_that_cannot_be_is_refused(field: str, value: Any) -> None:
-    message = convert.layout_to_pb(LAYOUT)
-    setattr(message, field, value)
-    with pytest.raises(InvalidRequestError, match=field):
-        convert.layout_from_pb(message)
-
-
-def test_an_empty_layout_is_refused() -> None:
-    with pytest.raises(InvalidRequestError, match="num_layers"):
-        convert.layout_from_pb(kv_transfer_pb2.KvLayout())
