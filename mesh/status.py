@@ -3,9 +3,11 @@
 import inspect
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc import StatusCode, aio
 
 from engine.errors import (
@@ -128,18 +130,41 @@ class StatusInterceptor(aio.ServerInterceptor):
         return wrapped_handler(handler, _guarded)
 
 
+@dataclass(frozen=True, slots=True)
+class _Undecodable:
+    """Stands for a request whose bytes are no message; grpc would answer UNKNOWN by itself."""
+
+    reason: str
+
+
+def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def tolerant(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError as error:
+            return _Undecodable(str(error))
+
+    return tolerant
+
+
 def wrapped_handler(
     handler: Handler, wrap: Callable[[Callable[..., Awaitable[Any]]], Callable[..., Awaitable[Any]]]
 ) -> Handler:
-    """Rebuild `handler` around `wrap(its coroutine function)`; others are returned as they are."""
+    """Rebuild `handler` around `wrap(its coroutine function)`; others are returned as they are.
+
+    A request that cannot be decoded reaches the wrapper as an `_Undecodable`.
+    """
     if handler is None:
         return None
     for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream"):
         method = getattr(handler, kind)
         if inspect.iscoroutinefunction(method):
             rebuild = getattr(grpc, f"{kind}_rpc_method_handler")
+            decode = handler.request_deserializer
+            if not handler.request_streaming and decode is not None:
+                decode = _tolerant(decode)
             return rebuild(  # type: ignore[no-any-return]
-                wrap(method), handler.request_deserializer, handler.response_serializer
+                wrap(method), decode, handler.response_serializer
             )
     return handler
 
@@ -147,6 +172,8 @@ def wrapped_handler(
 def _guarded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     async def guarded(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
         try:
+            if isinstance(request, _Undecodable):
+                raise InvalidRequestError(f"the request cannot be decoded: {request.reason}")
             return await method(request, context)
         except aio.AbortError:
             raise

@@ -120,6 +120,21 @@ async def test_a_bug_shows_no_detail() -> None:
     assert type(error_from_rpc(caught.value)) is IsthmusError
 
 
+@pytest.mark.parametrize("body", [b"\x0a\x02\xff\xfe", b"\x12\x7fabc", bytes(range(200, 256))])
+async def test_bytes_that_are_no_message_are_an_invalid_argument(body: bytes) -> None:
+    """Text that is not UTF-8, a message cut off, and noise; grpc itself would say UNKNOWN."""
+    async with serving(RaisingServicer()) as channel:
+        with pytest.raises(aio.AioRpcError, match="cannot be decoded") as caught:
+            await channel.unary_unary(f"/{SERVICE}/Tokenize", bytes)(body)
+        assert type(error_from_rpc(caught.value)) is InvalidRequestError
+        stream: aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(
+            f"/{SERVICE}/Generate", bytes
+        )
+        with pytest.raises(aio.AioRpcError) as caught:
+            await stream(body).read()
+        assert caught.value.code() is StatusCode.INVALID_ARGUMENT
+
+
 async def test_a_method_that_is_not_written_stays_unimplemented() -> None:
     async with serving(RaisingServicer()) as channel:
         with pytest.raises(aio.AioRpcError) as caught:
