@@ -1,9 +1,9 @@
 """The canonical layout of a KV block, as a value that both ends of a handover compare; no torch.
 
 A block holds `block_size_tokens` tokens of one sequence for every layer of this rank:
-[layer][key or value][kv head][slot][head dim], C-contiguous. Heads stand outside the slots so
-that a range of heads is contiguous, and all layers of a block stand together so that a whole
-block is one copy.
+[layer][part][kv head][slot][head dim], C-contiguous. The parts are key and value, or one latent
+vector (multi-head latent attention). Heads stand outside the slots so that a range of heads is
+contiguous, and all layers of a block stand together so that a whole block is one copy.
 """
 
 from dataclasses import dataclass
@@ -21,22 +21,32 @@ class KvLayout:
     block_size_tokens: int
     dtype: str
     """float32, bfloat16 or float16."""
+    num_parts: int = 2
+    """2: a key and a value for each token and head. 1: one latent vector that serves as both."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim", "block_size_tokens"):
             if not 1 <= getattr(self, name) <= 1 << 20:
                 raise ValueError(f"{name} must be in [1, 2^20], got {getattr(self, name)}")
+        if self.num_parts not in (1, 2):
+            raise ValueError(f"num_parts must be 1 or 2, got {self.num_parts}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype must be one of {sorted(DTYPE_BYTES)}, got {self.dtype!r}")
 
     @property
     def block_shape(self) -> tuple[int, int, int, int, int]:
-        """[L, J, G, C, A], where J is key then value."""
-        return (self.num_layers, 2, self.num_kv_heads, self.block_size_tokens, self.head_dim)
+        """[L, J, G, C, A], where J is key then value, or the latent part alone."""
+        sizes = (self.num_layers, self.num_parts, self.num_kv_heads)
+        return (*sizes, self.block_size_tokens, self.head_dim)
+
+    @property
+    def bytes_per_cell(self) -> int:
+        """Of one token in one layer of one head, all parts."""
+        return self.num_parts * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
     def bytes_per_token(self) -> int:
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return self.num_layers * self.num_kv_heads * self.bytes_per_cell
 
     @property
     def block_bytes(self) -> int:
