@@ -28,7 +28,8 @@ from engine.kernels.interface import PackedLinear
 from engine.kv_cache.batch import StepBatch
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.pool import KvPool
-from engine.models import CausalLM, load_model, resolve_dtype
+from engine.models.build import load_model, resolve_dtype
+from engine.models.causal_lm import CausalLM
 
 FORMAT = "isthmus-engine-benchmark-1"
 PREFILL_TOKENS = (128, 512, 2048)

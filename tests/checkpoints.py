@@ -1,6 +1,7 @@
 """Small random checkpoints made by transformers, with a tokenizer and chat template; seeded."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def tiny_checkpoint(
 ) -> Path:
     """Write a Hugging Face directory of a few hundred kilobytes; `overrides` go to its config.
 
-    `family` is llama, qwen2, qwen3 or mistral. Biases and norm weights are random too, so that a
+    `family` is a `model_type` of transformers. Biases and norm weights are random too, so that a
     loader that drops them is noticed. `max_shard_size="40KB"` writes several shards and an index.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -102,6 +103,17 @@ def write_tokenizer(path: Path, *, chat_template: str | None = CHAT_TEMPLATE) ->
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+_GGUF_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}
+_GGUF_KEYS = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+
+
 def write_gguf(directory: Path, gguf_path: Path, quantization: str = "F32") -> Path:
     """Convert a directory of `tiny_checkpoint` as llama.cpp's converter does; matrices quantised.
 
@@ -113,7 +125,7 @@ def write_gguf(directory: Path, gguf_path: Path, quantization: str = "F32") -> P
 
     config = AutoConfig.from_pretrained(directory)
     kind = gguf.GGMLQuantizationType[quantization]
-    arch = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    arch = _GGUF_NAMES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(gguf_path, arch)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -124,17 +136,23 @@ def write_gguf(directory: Path, gguf_path: Path, quantization: str = "F32") -> P
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     if getattr(config, "sliding_window", None) is not None:
         writer.add_sliding_window(config.sliding_window)
+    for field, key in _GGUF_KEYS.items():
+        if getattr(config, field, None) is not None:
+            writer.add_key_value(f"{arch}.{key}", *_typed(getattr(config, field)))
+    _add_longrope(writer, config)
     _add_tokenizer(writer, directory)
     arch_of_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(arch_of_name[arch], config.num_hidden_layers)
-    for name, tensor in sorted(load_file(directory / "model.safetensors").items()):
+    for name, values in sorted(load_file(directory / "model.safetensors").items()):
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
-        is_interleaved = arch == "llama" and (".q_proj." in name or ".k_proj." in name)
-        rows = _interleaved(tensor, config.head_dim) if is_interleaved else tensor
+        is_interleaved = arch in {"llama", "granite"} and (".q_proj." in name or ".k_proj." in name)
+        has_offset = arch.startswith("gemma") and "norm" in name
+        rows = _interleaved(values, config.head_dim) if is_interleaved else values + has_offset
         data = rows.float().numpy()
         if data.ndim == 1:
             writer.add_tensor(gguf_name, data)
@@ -145,6 +163,26 @@ def write_gguf(directory: Path, gguf_path: Path, quantization: str = "F32") -> P
     writer.write_tensors_to_file()
     writer.close()
     return gguf_path
+
+
+def _typed(value: float) -> tuple[float, gguf.GGUFValueType]:
+    kind = gguf.GGUFValueType.FLOAT32 if isinstance(value, float) else gguf.GGUFValueType.UINT32
+    return value, kind
+
+
+def _add_longrope(writer: gguf.GGUFWriter, config: Any) -> None:
+    rope = config.rope_parameters
+    if rope.get("rope_type") != "longrope":
+        return
+    num_rotated = int(config.head_dim * rope["partial_rotary_factor"])
+    original = config.original_max_position_embeddings
+    writer.add_rope_dimension_count(num_rotated)
+    writer.add_rope_scaling_orig_ctx_len(original)
+    growth = math.log(config.max_position_embeddings / original) / math.log(original)
+    writer.add_rope_scaling_attn_factors(math.sqrt(1 + growth))
+    for kind in ("short", "long"):
+        factors = np.array(rope[f"{kind}_factor"], dtype=np.float32)
+        writer.add_tensor(f"rope_factors_{kind}.weight", factors)
 
 
 def _interleaved(rows: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -1,16 +1,9 @@
 """What a model is: one frozen value, read from a Hugging Face config.json or from GGUF metadata."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from engine.checkpoint.form import ModelForm
 from engine.errors import CheckpointError
-
-SUPPORTED_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-
 
 MAX_LAYERS = 4096
 MAX_CONTEXT_TOKENS = 1 << 24
@@ -36,7 +29,7 @@ class RopeConfig:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     rotated_share: float = 1.0
-    """proportional only: the share of the head's dims that turn."""
+    """The share of a head's dims that turn: its first, or for proportional, the first pairs."""
 
     def __post_init__(self) -> None:
         if self.theta <= 1:
@@ -89,9 +82,11 @@ class ModelConfig:
     rope: RopeConfig
     windows: tuple[int | None, ...]
     """For each layer, how many positions a query sees, itself included; None is all."""
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
+    form: ModelForm = field(default_factory=ModelForm)
+    local_rope: RopeConfig | None = None
+    """The rotary embedding of layers with a window; None is `rope`."""
+    unused_tensors: tuple[str, ...] = ()
+    """Prefixes of tensors that checkpoints of this family carry and this model does not need."""
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: frozenset[int] = frozenset()
@@ -99,11 +94,6 @@ class ModelConfig:
     """What `dtype="auto"` means for this checkpoint: float32, bfloat16 or float16."""
 
     def __post_init__(self) -> None:
-        if self.architecture not in SUPPORTED_ARCHITECTURES:
-            raise CheckpointError(
-                f"the architecture {self.architecture!r} is not supported; "
-                f"supported are {', '.join(SUPPORTED_ARCHITECTURES)}"
-            )
         for name in (
             "vocab_size",
             "hidden_size",
@@ -123,6 +113,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"head_dim must be even, got {self.head_dim}")
+        if self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_dim:
+            raise CheckpointError(
+                f"an even number of dims must be rotated, at least 2: got {self.rotary_dim} "
+                f"(partial_rotary_factor {self.rope.rotated_share})"
+            )
         if self.rope.scaling == "dynamic" and self.head_dim == 2:
             raise CheckpointError("dynamic rope scaling needs a head_dim above 2")
         if self.max_context_tokens > MAX_CONTEXT_TOKENS:
@@ -141,6 +136,20 @@ class ModelConfig:
             raise CheckpointError(f"{len(self.windows)} windows for {self.num_layers} layers")
         if any(window is not None and window < 1 for window in self.windows):
             raise CheckpointError(f"sliding_window must be positive, got {self.windows}")
+
+    @property
+    def rotary_dim(self) -> int:
+        """The dims of a head that the rotary embedding turns, or leaves at angle 0."""
+        if self.form.latent is not None:
+            return self.form.latent.rope_dim
+        if self.rope.scaling == "proportional":
+            return self.head_dim
+        return int(self.head_dim * self.rope.rotated_share)
+
+    @property
+    def num_kv_parts(self) -> int:
+        """Key and value, or one latent vector that is both."""
+        return 1 if self.form.latent is not None else 2
 
     @property
     def rope_length_threshold_tokens(self) -> int | None:

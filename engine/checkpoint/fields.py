@@ -17,6 +17,10 @@ class Fields:
         self.source = source
         self.values = values
 
+    def with_defaults(self, defaults: Mapping[str, object]) -> "Fields":
+        """The same where `defaults` stand for fields that are not there at all."""
+        return Fields(self.source, {**defaults, **self.values})
+
     def integer(self, name: str, default: int | None = None) -> int:
         value = self.optional_integer(name)
         if value is not None:
@@ -53,6 +57,13 @@ class Fields:
         if not abs(value) < _MAX_NUMBER:  # NaN too, which Python's JSON lets in
             raise CheckpointError(f"{self.source}: {name} must be finite, got {value!r}")
         return float(value)
+
+    def positive(self, name: str, default: float) -> float:
+        """A number above 0."""
+        value = self.number(name, default)
+        if value <= 0:
+            raise CheckpointError(f"{self.source}: {name} must be positive, got {value}")
+        return value
 
     def flag(self, name: str, *, default: bool) -> bool:
         value = self.values.get(name)

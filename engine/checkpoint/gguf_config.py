@@ -1,10 +1,11 @@
 """ModelConfig from the metadata of a GGUF file.
 
-llama.cpp's converter writes Llama and Mistral both as "llama": they differ in nothing but a window.
+A family's own functions read a config.json; the metadata is told to them in its words.
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -13,12 +14,24 @@ from engine.checkpoint.config import MAX_LAYERS, ModelConfig, RopeConfig, scaled
 from engine.checkpoint.fields import Fields
 from engine.checkpoint.gguf_file import GgufFile, MetadataValue
 from engine.errors import CheckpointError
+from engine.models.family import Family
+from engine.models.registry import FAMILY_OF_ARCHITECTURE
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+_FAMILY_OF_NAME = {
+    family.gguf: family for family in FAMILY_OF_ARCHITECTURE.values() if family.gguf is not None
 }
+_HUGGING_FACE_FIELDS = {
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_LAYERS_OF_GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 _END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _FLOAT_DTYPES = {
     gguf.GGMLQuantizationType.F32: "float32",
@@ -39,10 +52,10 @@ def config_from_gguf(path: Path) -> ModelConfig:
 def config_from_gguf_file(file: GgufFile) -> ModelConfig:
     """The same for a file that is open already."""
     name = file.metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in _FAMILY_OF_NAME:
         raise CheckpointError(
             f"{file.path}: the architecture {name!r} is not supported; "
-            f"supported are {', '.join(sorted(ARCHITECTURES))}"
+            f"supported are {', '.join(sorted(_FAMILY_OF_NAME))}"
         )
     fields = Fields(f"{file.path}: {name}", _without_prefix(file.metadata, f"{name}."))
     if Fields(str(file.path), file.metadata).integer("split.count", 1) > 1:
@@ -56,17 +69,25 @@ def config_from_gguf_file(file: GgufFile) -> ModelConfig:
     num_heads = fields.size("attention.head_count")
     num_layers = fields.size("block_count", limit=MAX_LAYERS)
     head_dim = fields.size("attention.key_length", hidden_size // num_heads)
-    if fields.integer("rope.dimension_count", head_dim) != head_dim:
-        raise CheckpointError(f"{file.path}: partly rotated heads are not supported")
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(f"{file.path}: keys and values of different sizes are not supported")
     max_context_tokens = fields.size("context_length")
+    family = _family(name, fields)
     rope = _rope(file, fields, max_context_tokens)
+    num_rotated = fields.integer("rope.dimension_count", head_dim)
+    if num_rotated != head_dim:
+        if not family.has_partial_rotary:
+            raise CheckpointError(f"{file.path}: partly rotated heads are not supported")
+        rope = replace(rope, rotated_share=num_rotated / head_dim)
+    if not family.is_context_scaled:
+        max_context_tokens = scaled_context_tokens(rope, max_context_tokens)
+    hugging_face = _hugging_face_fields(file, name, fields, family, head_dim=head_dim)
+    local_theta = hugging_face.optional_number("rope_local_base_freq")
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{file.path} has no tensor token_embd.weight")
     return ModelConfig(
-        architecture=ARCHITECTURES[name],
+        architecture=family.architecture,
         vocab_size=embedding.shape[0],
         hidden_size=hidden_size,
         intermediate_size=fields.size("feed_forward_length"),
@@ -74,13 +95,12 @@ def config_from_gguf_file(file: GgufFile) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=fields.size("attention.head_count_kv", num_heads),
         head_dim=head_dim,
-        max_context_tokens=scaled_context_tokens(rope, max_context_tokens),
+        max_context_tokens=max_context_tokens,
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon", 1e-6),
         rope=rope,
-        windows=(fields.optional_integer("attention.sliding_window") or None,) * num_layers,
-        qkv_bias="blk.0.attn_q.bias" in file.tensors,
-        output_bias="blk.0.attn_output.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_up.bias" in file.tensors,
+        local_rope=None if local_theta is None else RopeConfig(theta=local_theta),
+        windows=family.windows(hugging_face, num_layers),
+        form=family.form(hugging_face),
         tie_word_embeddings="output.weight" not in file.tensors,
         bos_token_id=tokenizer.optional_integer("bos_token_id"),
         eos_token_ids=frozenset(
@@ -91,6 +111,37 @@ def config_from_gguf_file(file: GgufFile) -> ModelConfig:
         ),
         dtype=_dtype(file),
     )
+
+
+def _family(name: str, fields: Fields) -> Family:
+    """llama.cpp's converter writes Mistral as "llama": it differs in nothing but a window."""
+    if name == "llama" and fields.integer("attention.sliding_window", 0):
+        return FAMILY_OF_ARCHITECTURE["MistralForCausalLM"]
+    return _FAMILY_OF_NAME[name]
+
+
+def _hugging_face_fields(
+    file: GgufFile, name: str, fields: Fields, family: Family, *, head_dim: int
+) -> Fields:
+    """The metadata as a config.json would say it, for the functions of the family."""
+    values: dict[str, object] = {
+        ours: fields.values[theirs]
+        for theirs, ours in _HUGGING_FACE_FIELDS.items()
+        if theirs in fields.values
+    }
+    window = fields.integer("attention.sliding_window", 0) or None
+    values |= {
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "max_window_layers": 0,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+    }
+    if name in _LAYERS_OF_GEMMA_27B:  # llama.cpp knows the scale by the number of layers
+        is_27b = fields.size("block_count") == _LAYERS_OF_GEMMA_27B[name]
+        width = fields.size("embedding_length") // fields.size("attention.head_count")
+        values["query_pre_attn_scalar"] = width if is_27b else head_dim
+    return Fields(file.path.name, values).with_defaults(family.defaults)
 
 
 def _without_prefix(metadata: Mapping[str, MetadataValue], prefix: str) -> dict[str, MetadataValue]:

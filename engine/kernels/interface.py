@@ -52,7 +52,10 @@ class Kernels(Protocol):
         """silu_mul(linear(x)), with the same bits, in one operation where the device has it."""
 
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-        """Root-mean-square norm, computed in float32, rounded as transformers does it."""
+        """Root-mean-square norm, computed in float32, rounded as transformers does it.
+
+        A weight in x's dtype is multiplied after rounding, one in float32 before.
+        """
 
     def add_rms_norm(
         self, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
@@ -61,6 +64,12 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         """silu(first half) * second half of the last dim."""
+
+    def gelu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
+        """gelu(first half) * second half of the last dim; gelu in its tanh form."""
+
+    def clamped_swiglu(self, gate_up_TF: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+        """Give gate * sigmoid(alpha * gate) * (up + 1), both clamped before (gpt-oss)."""
 
     def rope_and_store(
         self,
@@ -77,9 +86,19 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """Norm (Qwen3), rotate (half-split form) and write K and V to `slot_T`; returns q_THA.
 
-        cos_TA and sin_TA are float32, A / 2 wide, of each token's position; kv_PJGCA is this
-        layer's strided view of the pool.
+        cos_TA and sin_TA are float32 of each token's position, A / 2 wide, or R / 2 where only the
+        first R dims of a head turn; kv_PJGCA is this layer's strided view of the pool.
         """
+
+    def rotate(
+        self, x_THA: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotate all dims of each head (half-split form), as a new tensor."""
+
+    def store_latent(
+        self, latent_TA: torch.Tensor, kv_PJGCA: torch.Tensor, batch: StepBatch
+    ) -> None:
+        """Write each token's latent vector to `slot_T` of a pool with one part and one head."""
 
     def attention(
         self,
@@ -89,8 +108,20 @@ class Kernels(Protocol):
         *,
         scale: float,
         window: int | None,
+        score_cap: float | None = None,
+        sinks_H: torch.Tensor | None = None,
+        value_dim: int | None = None,
     ) -> torch.Tensor:
         """Causal attention of each sequence's queries over its paged context; o_THA.
 
-        With a window, a query at position p sees positions (p - window, p]; None sees all.
+        Args:
+            q_THA: rotated queries.
+            kv_PJGCA: this layer's strided view of the pool, this step's tokens included.
+            batch: the step that was begun.
+            scale: on the products of queries and keys.
+            window: a query at position p sees positions (p - window, p]; None sees all.
+            score_cap: scaled scores s become cap * tanh(s / cap).
+            sinks_H: each head's score for nothing, which only adds to the softmax' divisor.
+            value_dim: for a pool with one part (J = 1): its vector is the key, and the first
+                value_dim dims of it are the value; o_THA is as wide.
         """

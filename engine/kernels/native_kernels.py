@@ -8,6 +8,7 @@ A head dim, P blocks in the pool, J key then value, C slots in a block.
 """
 
 import ctypes
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,10 @@ import torch
 from engine.kernels.interface import HeadShape, PackedLinear
 from engine.kernels.native_library import NativeLibrary
 from engine.kernels.page_memory import PageMemory, ResultMemory
+from engine.kernels.torch_kernels import TorchKernels
 from engine.kv_cache.batch import StepBatch
+
+logger = logging.getLogger(__name__)
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 NUM_ROWS_FEW = 16
@@ -47,6 +51,8 @@ class NativeKernels:
         self._results = ResultMemory()
         self._num_threads = 1
         self._num_torch_threads = 0
+        self._torch = TorchKernels(torch.device("cpu"))
+        self._lacking: set[str] = set()
         self._kv_key: tuple[object, ...] = ()
         self._kv_shape = (ctypes.c_int64 * 6)()
 
@@ -112,11 +118,16 @@ class NativeKernels:
         )
 
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        if weight_D.dtype is not self._dtype:
+            return self._torch_for("norms with float32 weights").rms_norm(x_TD, weight_D, eps)
         return self._norm(x_TD, None, weight_D, eps)
 
     def add_rms_norm(
         self, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
     ) -> torch.Tensor:
+        if weight_D.dtype is not self._dtype:
+            kernels = self._torch_for("norms with float32 weights")
+            return kernels.add_rms_norm(x_TD, residual_TD, weight_D, eps)
         assert residual_TD.dtype is self._dtype, residual_TD.dtype
         assert residual_TD.shape == x_TD.shape, (residual_TD.shape, x_TD.shape)
         assert residual_TD.is_contiguous()
@@ -167,9 +178,22 @@ class NativeKernels:
         k_norm_A: torch.Tensor | None = None,
         norm_eps: float = 0.0,
     ) -> torch.Tensor:
+        half = heads.head_dim // 2
+        norm_A = k_norm_A if q_norm_A is None else q_norm_A
+        lacking = None
+        if cos_TA.shape[1] != half:
+            lacking = "heads that turn in part"
+        elif norm_A is not None and norm_A.dtype is not self._dtype:
+            lacking = "norms with float32 weights"
+        if lacking is not None:
+            return self._torch_for(lacking).rope_and_store(
+                *(qkv_TF, heads, cos_TA, sin_TA, kv_PJGCA, batch),
+                q_norm_A=q_norm_A,
+                k_norm_A=k_norm_A,
+                norm_eps=norm_eps,
+            )
         num_rows, width = qkv_TF.shape
         row_stride, stride = qkv_TF.stride()
-        half = heads.head_dim // 2
         assert qkv_TF.dtype is self._dtype, qkv_TF.dtype
         assert stride == 1, stride
         assert width == (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, width
@@ -192,6 +216,29 @@ class NativeKernels:
         )
         return q_THA
 
+    def gelu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
+        return self._torch_for("gelu").gelu_mul(gate_up_TF)
+
+    def clamped_swiglu(self, gate_up_TF: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+        return self._torch_for("clamped swiglu").clamped_swiglu(gate_up_TF, alpha, limit)
+
+    def rotate(
+        self, x_THA: torch.Tensor, cos_TA: torch.Tensor, sin_TA: torch.Tensor
+    ) -> torch.Tensor:
+        return self._torch_for("rotation alone").rotate(x_THA, cos_TA, sin_TA)
+
+    def store_latent(
+        self, latent_TA: torch.Tensor, kv_PJGCA: torch.Tensor, batch: StepBatch
+    ) -> None:
+        self._torch_for("latent attention").store_latent(latent_TA, kv_PJGCA, batch)
+
+    def _torch_for(self, what: str) -> TorchKernels:
+        """The kernels that serve what the C library lacks; says so once."""
+        if what not in self._lacking:
+            self._lacking.add(what)
+            logger.warning("no native kernels for %s: plain torch serves, slower", what)
+        return self._torch
+
     def attention(
         self,
         q_THA: torch.Tensor,
@@ -200,7 +247,26 @@ class NativeKernels:
         *,
         scale: float,
         window: int | None,
+        score_cap: float | None = None,
+        sinks_H: torch.Tensor | None = None,
+        value_dim: int | None = None,
     ) -> torch.Tensor:
+        lacking = None
+        if value_dim is not None:
+            lacking = "latent attention"
+        elif score_cap is not None:
+            lacking = "capped attention scores"
+        elif sinks_H is not None:
+            lacking = "attention sinks"
+        if lacking is not None:
+            return self._torch_for(lacking).attention(
+                *(q_THA, kv_PJGCA, batch),
+                scale=scale,
+                window=window,
+                score_cap=score_cap,
+                sinks_H=sinks_H,
+                value_dim=value_dim,
+            )
         assert q_THA.dtype is self._dtype, q_THA.dtype
         assert q_THA.is_contiguous()
         assert q_THA.shape[2] == kv_PJGCA.shape[4], (q_THA.shape, kv_PJGCA.shape)

@@ -1,7 +1,7 @@
 """Self-attention over the paged KV cache.
 
-Shape suffixes: T tokens of this step, D model dim, H query heads, A head dim (cos and sin: half of
-it), P blocks in the pool, J key then value, G KV heads, C slots in a block.
+Shape suffixes: T tokens of this step, D model dim, F features, H query heads, A head dim (cos and
+sin: one a rotated pair), P blocks in the pool, J key then value, G KV heads, C slots in a block.
 """
 
 import torch
@@ -10,13 +10,17 @@ from torch import nn
 from engine.checkpoint.config import ModelConfig
 from engine.kernels.interface import HeadShape, Kernels
 from engine.kv_cache.batch import StepBatch
-from engine.layers.norm import NormWeight
+from engine.layers.norm import HeadsNorm, NormWeight
+from engine.layers.sinks import Sinks
 from engine.parallel.axes import AxisGroup
 from engine.parallel.linear import QkvParallelLinear, RowParallelLinear
 
 
 class Attention(nn.Module):
-    """Projects, rotates, stores keys and values, attends: one all-reduce over the tensor axis."""
+    """Projects, rotates, stores keys and values, attends: one all-reduce over the tensor axis.
+
+    Where queries and keys are normalised at full width, two more of a number a token.
+    """
 
     def __init__(
         self,
@@ -24,20 +28,21 @@ class Attention(nn.Module):
         *,
         name: str,
         window: int | None,
-        has_qk_norm: bool,
         axis: AxisGroup,
         kernels: Kernels,
     ) -> None:
         super().__init__()
+        form = config.form
         self._kernels = kernels
         self._window = window
-        self._scale = config.head_dim**-0.5
+        self._scale = form.attention_scale or config.head_dim**-0.5
+        self._score_cap = form.score_cap
         self._norm_eps = config.rms_norm_eps
         self.qkv = QkvParallelLinear(
             config.hidden_size,
             HeadShape(config.num_heads, config.num_kv_heads, config.head_dim),
-            names=(f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"),
-            has_bias=config.qkv_bias,
+            names=tuple(f"{name}.{part}" for part in form.qkv_names),
+            has_bias=form.qkv_bias,
             axis=axis,
             kernels=kernels,
         )
@@ -45,12 +50,30 @@ class Attention(nn.Module):
             config.num_heads * config.head_dim,
             config.hidden_size,
             name=f"{name}.o_proj",
-            has_bias=config.output_bias,
+            has_bias=form.output_bias,
             axis=axis,
             kernels=kernels,
         )
-        self.q_norm = NormWeight(config.head_dim, name=f"{name}.q_norm") if has_qk_norm else None
-        self.k_norm = NormWeight(config.head_dim, name=f"{name}.k_norm") if has_qk_norm else None
+        self.q_norm = self.k_norm = None
+        if form.qk_norm == "head":
+            self.q_norm = NormWeight(config.head_dim, name=f"{name}.q_norm", form=form.norm)
+            self.k_norm = NormWeight(config.head_dim, name=f"{name}.k_norm", form=form.norm)
+        self.full_norms: nn.ModuleList | None = None
+        if form.qk_norm == "full":
+            widths = (config.num_heads, config.num_kv_heads)
+            spans = (self.qkv.q_span, self.qkv.k_span)
+            self.full_norms = nn.ModuleList(
+                HeadsNorm(
+                    num_heads * config.head_dim,
+                    span,
+                    config,
+                    name=f"{name}.{part}_norm",
+                    axis=axis,
+                    kernels=kernels,
+                )
+                for part, num_heads, span in zip("qk", widths, spans, strict=True)
+            )
+        self.sinks = Sinks(config.num_heads, name=name, axis=axis) if form.has_sinks else None
 
     def forward(
         self,
@@ -60,8 +83,11 @@ class Attention(nn.Module):
         kv_PJGCA: torch.Tensor,
         batch: StepBatch,
     ) -> torch.Tensor:
+        qkv_TF = self.qkv(x_TD)
+        if self.full_norms is not None:
+            self._normalize(qkv_TF)
         q_THA = self._kernels.rope_and_store(
-            self.qkv(x_TD),
+            qkv_TF,
             self.qkv.heads,
             cos_TA,
             sin_TA,
@@ -72,7 +98,23 @@ class Attention(nn.Module):
             norm_eps=self._norm_eps,
         )
         o_THA = self._kernels.attention(
-            q_THA, kv_PJGCA, batch, scale=self._scale, window=self._window
+            q_THA,
+            kv_PJGCA,
+            batch,
+            scale=self._scale,
+            window=self._window,
+            score_cap=self._score_cap,
+            sinks_H=None if self.sinks is None else self.sinks.weight_H,
         )
         y_TD: torch.Tensor = self.output(o_THA.flatten(1))
         return y_TD
+
+    def _normalize(self, qkv_TF: torch.Tensor) -> None:
+        assert self.full_norms is not None
+        start = 0
+        for norm, (_, length) in zip(
+            self.full_norms, (self.qkv.q_span, self.qkv.k_span), strict=True
+        ):
+            part_TF = qkv_TF[:, start : start + length]
+            part_TF.copy_(norm(part_TF))
+            start += length

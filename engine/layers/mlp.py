@@ -13,27 +13,43 @@ from engine.parallel.linear import GateUpLinear, RowParallelLinear
 
 
 class Mlp(nn.Module):
-    """down(silu(gate(x)) * up(x)): one all-reduce over the tensor axis."""
+    """down(activation(gate(x)) * up(x)): one all-reduce over the tensor axis.
+
+    Also an expert and a shared expert, with names and a width of its own; then `is_reduced` is
+    false and the result is this rank's summand.
+    """
 
     def __init__(
-        self, config: ModelConfig, *, name: str, axis: AxisGroup, kernels: Kernels
+        self,
+        config: ModelConfig,
+        *,
+        name: str,
+        intermediate_size: int,
+        has_bias: bool,
+        axis: AxisGroup,
+        kernels: Kernels,
+        gate_up_names: tuple[str, ...],
+        down_name: str = "down_proj",
+        is_reduced: bool = True,
     ) -> None:
         super().__init__()
         self.gate_up = GateUpLinear(
             config.hidden_size,
-            config.intermediate_size,
-            names=(f"{name}.gate_proj", f"{name}.up_proj"),
-            has_bias=config.mlp_bias,
+            intermediate_size,
+            names=tuple(f"{name}.{part}" for part in gate_up_names),
+            has_bias=has_bias,
+            activation=config.form.activation,
             axis=axis,
             kernels=kernels,
         )
         self.down = RowParallelLinear(
-            config.intermediate_size,
+            intermediate_size,
             config.hidden_size,
-            name=f"{name}.down_proj",
-            has_bias=config.mlp_bias,
+            name=f"{name}.{down_name}",
+            has_bias=has_bias,
             axis=axis,
             kernels=kernels,
+            is_reduced=is_reduced,
         )
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:

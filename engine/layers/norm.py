@@ -1,39 +1,62 @@
 """Root-mean-square norm, alone or fused with the residual addition before it.
 
-Shape suffixes: T tokens of this step, D model dim.
+Shape suffixes: T tokens of this step, D model dim, F features of all heads.
 """
 
 import torch
 
+from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.form import NormForm
 from engine.kernels.interface import Kernels
+from engine.parallel.axes import AxisGroup
 from engine.parallel.shard import ShardedModule, ShardSpec
 
 
 class NormWeight(ShardedModule):
-    """A norm's scale on its own, for norms that run inside another kernel."""
+    """A norm's scale on its own, for norms that run inside another kernel.
+
+    It is float32 where the norm's form is wide: kernels read from its dtype when to round.
+    """
 
     weight_D: torch.Tensor
 
-    def __init__(self, size: int, *, name: str) -> None:
+    def __init__(
+        self, size: int, *, name: str, form: NormForm, span: tuple[int, int] | None = None
+    ) -> None:
+        start, length = span or (0, size)
         super().__init__(
             (
                 ShardSpec(
                     tensor=f"{name}.weight",
                     full_shape=(size,),
                     parameter="weight_D",
-                    length=size,
+                    start=start,
+                    length=length,
                 ),
             )
         )
-        self._declare("weight_D", size)
+        self._offset = form.offset
+        self._declare("weight_D", length, dtype=torch.float32 if form.is_wide else None)
+
+    def pack(self, kernels: Kernels) -> None:
+        if self._offset:
+            self.weight_D += self._offset
 
 
 class RmsNorm(NormWeight):
     """Normalises each token; replicated on every rank."""
 
-    def __init__(self, size: int, eps: float, *, name: str, kernels: Kernels) -> None:
-        super().__init__(size, name=name)
-        self._eps = eps
+    def __init__(
+        self,
+        size: int,
+        config: ModelConfig,
+        *,
+        name: str,
+        kernels: Kernels,
+        eps: float | None = None,
+    ) -> None:
+        super().__init__(size, name=name, form=config.form.norm)
+        self._eps = config.rms_norm_eps if eps is None else eps
         self._kernels = kernels
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -42,3 +65,35 @@ class RmsNorm(NormWeight):
     def add(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
         """residual_TD += x_TD in place; returns the norm of the sum."""
         return self._kernels.add_rms_norm(x_TD, residual_TD, self.weight_D, self._eps)
+
+
+class HeadsNorm(NormWeight):
+    """Normalises all heads of a token together, while they are split over the tensor axis.
+
+    `span` is this rank's features, (start, length). One all-reduce of a number a token, where the
+    axis has more than one rank. Where heads stand on several ranks, each must stand on as many:
+    the mean is that of all ranks' features.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        span: tuple[int, int],
+        config: ModelConfig,
+        *,
+        name: str,
+        axis: AxisGroup,
+        kernels: Kernels,
+    ) -> None:
+        super().__init__(size, name=name, form=config.form.norm, span=span)
+        self._eps = config.rms_norm_eps
+        self._axis = axis
+        self._kernels = kernels
+
+    def forward(self, x_TF: torch.Tensor) -> torch.Tensor:
+        if self._axis.size == 1:
+            return self._kernels.rms_norm(x_TF, self.weight_D, self._eps)
+        wide_TF = x_TF.float()
+        square_T1 = self._axis.all_reduce(wide_TF.pow(2).sum(-1, keepdim=True))
+        scale_T1 = torch.rsqrt(square_T1 / (x_TF.shape[1] * self._axis.size) + self._eps)
+        return (self.weight_D * (wide_TF * scale_T1)).to(x_TF.dtype)

@@ -1,6 +1,4 @@
-"""The model families; `load_model` is the door."""
+"""The model families, one file each: see docs/adding-a-model.md.
 
-from engine.models.build import build, load_model, resolve_dtype
-from engine.models.causal_lm import CausalLM, KvLayers
-
-__all__ = ["CausalLM", "KvLayers", "build", "load_model", "resolve_dtype"]
+No torch but in `build` and `causal_lm`, so that a configuration can be read without it.
+"""

@@ -11,7 +11,6 @@ from engine.errors import CheckpointError
 from engine.kernels.interface import Kernels
 from engine.layers.rope import RotaryEmbedding
 from engine.models.causal_lm import CausalLM
-from engine.models.registry import MODEL_OF_ARCHITECTURE
 from engine.parallel.axes import ParallelAxes
 from engine.weights.loader import load
 from engine.weights.source import WeightSource, open_weights
@@ -43,14 +42,15 @@ def build(
 
     `device` is where the weights will go; the angles of the rotary embedding are there already.
     """
-    rope = RotaryEmbedding(config.rope, config.head_dim, device)
+    rope = RotaryEmbedding(config.rope, config.rotary_dim, device)
+    local_rope = None
+    if config.local_rope is not None:
+        local_rope = RotaryEmbedding(config.local_rope, config.rotary_dim, device)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            return MODEL_OF_ARCHITECTURE[config.architecture](
-                config, axes=axes, kernels=kernels, rope=rope
-            )
+            return CausalLM(config, axes=axes, kernels=kernels, rope=rope, local_rope=local_rope)
     finally:
         torch.set_default_dtype(default)
 

@@ -1,14 +1,25 @@
-"""Which class computes a checkpoint, by the name in its `architectures`."""
+"""Every family, by the name in the `architectures` of its checkpoints."""
 
-from engine.models.causal_lm import CausalLM
-from engine.models.llama import LlamaForCausalLM
-from engine.models.mistral import MistralForCausalLM
-from engine.models.qwen2 import Qwen2ForCausalLM
-from engine.models.qwen3 import Qwen3ForCausalLM
+from engine.models.family import Family
+from engine.models.gemma2 import GEMMA2
+from engine.models.gemma3 import GEMMA3
+from engine.models.granite import GRANITE
+from engine.models.llama import LLAMA
+from engine.models.mistral import MISTRAL
+from engine.models.olmo2 import OLMO2
+from engine.models.phi3 import PHI3
+from engine.models.qwen2 import QWEN2
+from engine.models.qwen3 import QWEN3
 
-MODEL_OF_ARCHITECTURE: dict[str, type[CausalLM]] = {
-    "LlamaForCausalLM": LlamaForCausalLM,
-    "MistralForCausalLM": MistralForCausalLM,
-    "Qwen2ForCausalLM": Qwen2ForCausalLM,
-    "Qwen3ForCausalLM": Qwen3ForCausalLM,
-}
+_FAMILIES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    OLMO2,
+    GRANITE,
+)
+FAMILY_OF_ARCHITECTURE: dict[str, Family] = {family.architecture: family for family in _FAMILIES}

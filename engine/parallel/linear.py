@@ -6,6 +6,7 @@ F output features.
 
 import torch
 
+from engine.checkpoint.form import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
 from engine.kernels.interface import HeadShape, Kernels, PackedLinear
 from engine.parallel.axes import AxisGroup
 from engine.parallel.shard import ShardedModule, ShardSpec
@@ -76,6 +77,42 @@ def row_shards(
     return (weight, bias) if has_bias else (weight,)
 
 
+def _parts_of(names: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[tuple[str, int, int], ...]:
+    """For each projection: its tensor, that tensor's rows, and the first row that is its own.
+
+    A checkpoint has one tensor for each projection, or one that holds them all in this order.
+    """
+    if len(names) == 1:
+        total = sum(sizes)
+        return tuple((names[0], total, sum(sizes[:index])) for index in range(len(sizes)))
+    return tuple((name, size, 0) for name, size in zip(names, sizes, strict=True))
+
+
+class ColumnParallelLinear(ParallelLinear):
+    """y_TF = x_TD @ weight_FD.T, with F split over the axis; on an axis of one rank, all of it."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        name: str,
+        has_bias: bool,
+        axis: AxisGroup,
+        kernels: Kernels,
+    ) -> None:
+        local = axis.shard_size(out_features, "out_features")
+        shards = row_shards(
+            name,
+            out_features,
+            in_features,
+            start=axis.rank * local,
+            length=local,
+            has_bias=has_bias,
+        )
+        super().__init__(in_features, local, shards, has_bias=has_bias, kernels=kernels)
+
+
 class QkvParallelLinear(ParallelLinear):
     """Query, key and value projections in one product; heads split over the axis.
 
@@ -87,7 +124,7 @@ class QkvParallelLinear(ParallelLinear):
         hidden_size: int,
         heads: HeadShape,
         *,
-        names: tuple[str, str, str],
+        names: tuple[str, ...],
         has_bias: bool,
         axis: AxisGroup,
         kernels: Kernels,
@@ -107,12 +144,13 @@ class QkvParallelLinear(ParallelLinear):
         )
         shards: list[ShardSpec] = []
         offset = 0
-        for name, (full, start, length) in zip(names, spans, strict=True):
+        parts = _parts_of(names, tuple(full * heads.head_dim for full, _, _ in spans))
+        for (name, num_rows, first), (_, start, length) in zip(parts, spans, strict=True):
             shards += row_shards(
                 name,
-                full * heads.head_dim,
+                num_rows,
                 hidden_size,
-                start=start * heads.head_dim,
+                start=first + start * heads.head_dim,
                 length=length * heads.head_dim,
                 offset=offset,
                 has_bias=has_bias,
@@ -120,44 +158,61 @@ class QkvParallelLinear(ParallelLinear):
             offset += length * heads.head_dim
         super().__init__(hidden_size, offset, tuple(shards), has_bias=has_bias, kernels=kernels)
         self.heads = self_heads
+        """Of this rank."""
+        self.q_span, self.k_span, _ = (
+            (start * heads.head_dim, length * heads.head_dim) for _, start, length in spans
+        )
+        """This rank's features of all queries and of all keys: (start, length)."""
 
 
 class GateUpLinear(ParallelLinear):
-    """silu(gate(x)) * up(x), both projections in one product; features split over the axis."""
+    """activation(gate(x)) * up(x), both in one product; features split over the axis."""
 
     def __init__(
         self,
         hidden_size: int,
         intermediate_size: int,
         *,
-        names: tuple[str, str],
+        names: tuple[str, ...],
         has_bias: bool,
+        activation: Activation,
         axis: AxisGroup,
         kernels: Kernels,
     ) -> None:
         local = axis.shard_size(intermediate_size, "intermediate_size")
         shards: list[ShardSpec] = []
-        for index, name in enumerate(names):
+        parts = _parts_of(names, (intermediate_size, intermediate_size))
+        for index, (name, num_rows, first) in enumerate(parts):
             shards += row_shards(
                 name,
-                intermediate_size,
+                num_rows,
                 hidden_size,
-                start=axis.rank * local,
+                start=first + axis.rank * local,
                 length=local,
                 offset=index * local,
                 has_bias=has_bias,
             )
         super().__init__(hidden_size, 2 * local, tuple(shards), has_bias=has_bias, kernels=kernels)
+        self._activation = activation
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None, "weights are not loaded"
-        return self._kernels.linear_silu_mul(x_TD, self.packed)
+        kernels = self._kernels
+        match self._activation:
+            case "silu":
+                return kernels.linear_silu_mul(x_TD, self.packed)
+            case "gelu_tanh":
+                return kernels.gelu_mul(kernels.linear(x_TD, self.packed))
+            case "clamped_swiglu":
+                gate_up_TF = kernels.linear(x_TD, self.packed)
+                return kernels.clamped_swiglu(gate_up_TF, SWIGLU_ALPHA, SWIGLU_LIMIT)
 
 
 class RowParallelLinear(ParallelLinear):
     """y_TF = x_TD @ weight_FD.T with D split over the axis; one all-reduce restores y_TF.
 
-    Megatron-LM (Shoeybi et al., 2019), section 3. The bias is added on rank 0 only.
+    Megatron-LM (Shoeybi et al., 2019), section 3. The bias is added on rank 0 only. Where
+    `is_reduced` is false, y_TF is this rank's summand, and the caller reduces.
     """
 
     def __init__(
@@ -169,6 +224,7 @@ class RowParallelLinear(ParallelLinear):
         has_bias: bool,
         axis: AxisGroup,
         kernels: Kernels,
+        is_reduced: bool = True,
     ) -> None:
         local_in = axis.shard_size(in_features, "in_features")
         weight = ShardSpec(
@@ -188,6 +244,7 @@ class RowParallelLinear(ParallelLinear):
         shards = (weight, bias) if has_bias else (weight,)
         super().__init__(local_in, out_features, shards, has_bias=has_bias, kernels=kernels)
         self._axis = axis
+        self._is_reduced = is_reduced
 
     def pack(self, kernels: Kernels) -> None:
         if self._axis.rank > 0:
@@ -195,4 +252,5 @@ class RowParallelLinear(ParallelLinear):
         super().pack(kernels)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self._axis.all_reduce(super().forward(x_TD))
+        y_TF = super().forward(x_TD)
+        return self._axis.all_reduce(y_TF) if self._is_reduced else y_TF

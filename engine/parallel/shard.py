@@ -38,6 +38,7 @@ class ShardedModule(nn.Module):
     def pack(self, kernels: Kernels) -> None:
         """Bring the filled parameters into the form that `kernels` wants."""
 
-    def _declare(self, name: str, *shape: int) -> None:
-        """Register a parameter of the current default dtype and device."""
-        self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=False))
+    def _declare(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> None:
+        """Register a parameter on the current default device, of its dtype unless one is named."""
+        values = torch.empty(shape, dtype=dtype)
+        self.register_parameter(name, nn.Parameter(values, requires_grad=False))

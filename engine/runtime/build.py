@@ -13,7 +13,7 @@ from engine.kernels import choose_kernels
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.pool import KvPool
 from engine.kv_cache.pool_plan import plan_kv_pool
-from engine.models import load_model, resolve_dtype
+from engine.models.build import load_model, resolve_dtype
 from engine.parallel.axes import ParallelAxes
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine import Engine

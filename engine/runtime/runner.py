@@ -11,7 +11,7 @@ import torch
 
 from engine.kv_cache.batch import StepBatch
 from engine.kv_cache.pool import KvPool
-from engine.models import CausalLM
+from engine.models.causal_lm import CausalLM
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
 _WIDTH_STEP = 8  # block tables grow by so many columns, so that their shapes repeat

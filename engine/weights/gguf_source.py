@@ -1,5 +1,6 @@
 """A GGUF file's tensors under Hugging Face names and in Hugging Face's row order."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -27,6 +28,21 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_NORMS_AROUND = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_NAMES_OF_ARCHITECTURE: dict[str, dict[str, str]] = {
+    "gemma2": _NORMS_AROUND,
+    "gemma3": _NORMS_AROUND,
+    "olmo2": _NORMS_AROUND,
+    "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+}
+"""What a family has besides `_LAYER_NAMES`, or under another name."""
+_INTERLEAVED_ARCHITECTURES = {"llama", "granite"}
+_OFFSET_NORM_ARCHITECTURES = {"gemma2", "gemma3"}
+"""Files hold the norms' weights with the 1 that the model would add."""
 _CONFIG_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 """Part of the configuration: see `gguf_config`."""
 
@@ -38,9 +54,12 @@ class GgufSource:
         self.path = path
         self._file = GgufFile(path)
         self._head_dim = config.head_dim
-        self._is_interleaved = self._file.metadata["general.architecture"] == "llama"
+        architecture = str(self._file.metadata["general.architecture"])
+        self._is_interleaved = architecture in _INTERLEAVED_ARCHITECTURES
+        self._has_offset_norms = architecture in _OFFSET_NORM_ARCHITECTURES
+        layer_names = {**_LAYER_NAMES, **_NAMES_OF_ARCHITECTURE.get(architecture, {})}
         self._gguf_name = {
-            _hugging_face_name(path, name): name
+            _hugging_face_name(path, name, layer_names): name
             for name in self._file.tensors
             if name not in _CONFIG_TENSORS and not name.endswith("attn_rot_embd.weight")
         }
@@ -72,6 +91,8 @@ class GgufSource:
         rows = torch.from_numpy(self._file.read(self._gguf_name[name], start, stop))
         if self._is_interleaved and (".q_proj." in name or ".k_proj." in name):
             return self._half_split(rows)
+        if self._has_offset_norms and "norm" in name:
+            return rows - 1
         return rows
 
     def _half_split(self, rows: torch.Tensor) -> torch.Tensor:
@@ -84,13 +105,13 @@ class GgufSource:
         return ordered
 
 
-def _hugging_face_name(path: Path, name: str) -> str:
+def _hugging_face_name(path: Path, name: str, layer_names: Mapping[str, str]) -> str:
     stem, _, suffix = name.rpartition(".")
     if suffix in {"weight", "bias"}:
         if stem in _OUTER_NAMES:
             return f"{_OUTER_NAMES[stem]}.{suffix}"
         block, _, rest = stem.partition(".")
         index, _, part = rest.partition(".")
-        if block == "blk" and index.isdecimal() and part in _LAYER_NAMES:
-            return f"model.layers.{index}.{_LAYER_NAMES[part]}.{suffix}"
+        if block == "blk" and index.isdecimal() and part in layer_names:
+            return f"model.layers.{index}.{layer_names[part]}.{suffix}"
     raise CheckpointError(f"{path}: tensor {name} is of a kind that this model does not have")

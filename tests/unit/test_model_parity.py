@@ -14,7 +14,8 @@ from engine.checkpoint.config import ModelConfig
 from engine.kernels import Kernels, choose_kernels
 from engine.kernels.torch_kernels import TorchKernels
 from engine.kv_cache.batch import StepBatch
-from engine.models import CausalLM, load_model
+from engine.models.build import load_model
+from engine.models.causal_lm import CausalLM
 from tests.checkpoints import VOCAB_SIZE, tiny_checkpoint
 
 BLOCK_SIZE = 16
@@ -98,6 +99,32 @@ CASES = {
     "mistral-window": Case("mistral", {"sliding_window": 24}),
     "mistral-window-of-one-block": Case("mistral", {"sliding_window": 16}),
     "mistral-no-window": Case("mistral", {"sliding_window": None}),
+    "gemma2": Case("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 24,
+                              "tie_word_embeddings": True}),
+    "gemma2-low-caps": Case("gemma2", {"attn_logit_softcapping": 2.0,
+                                       "final_logit_softcapping": 3.0, "attention_bias": True}),
+    "gemma2-no-caps": Case("gemma2", {"attn_logit_softcapping": None, "sliding_window": 24,
+                                      "final_logit_softcapping": None}),
+    "gemma3": Case("gemma3_text", {"sliding_window": 24, "num_hidden_layers": 7,
+                                   "query_pre_attn_scalar": 24, "tie_word_embeddings": True}),
+    "gemma3-linear-full-layers": Case("gemma3_text", {
+        "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4, "final_logit_softcapping": 3.0, "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}}}),
+    "phi3": Case("phi3"),
+    "phi3-window": Case("phi3", {"sliding_window": 24}),
+    "phi3-longrope-part-rotated": Case("phi3", {
+        "original_max_position_embeddings": 64, "head_dim": 16, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + 0.1 * index for index in range(6)],
+            "long_factor": [2.0 + 0.5 * index for index in range(6)]}}),
+    "olmo2": Case("olmo2"),
+    "olmo2-bias-no-groups": Case("olmo2", {"attention_bias": True, "num_key_value_heads": 4}),
+    "granite": Case("granite", {"attention_multiplier": 0.3, "embedding_multiplier": 6.0,
+                                "residual_multiplier": 0.22, "logits_scaling": 8.0}),
+    "granite-bias-tied": Case("granite", {"attention_bias": True, "mlp_bias": True,
+                                          "tie_word_embeddings": True}),
 }  # fmt: skip
 
 
@@ -247,18 +274,30 @@ def test_logits_equal_those_of_transformers(case: Case, kernels: Kernels, tmp_pa
     parts += [part for _ in ANSWER for part in whole.step([1])]
     assert_close(torch.cat(parts), expected)
 
+    shared_blocks = 4
+    hit = Runner(model, [PROMPT, PROMPT])
+    hit.step([len(PROMPT), 0])
+    first, second = hit.sequences
+    second.block_ids[:shared_blocks] = first.block_ids[:shared_blocks]
+    second.num_computed = shared_blocks * BLOCK_SIZE
+    (rest,) = hit.step([0, len(PROMPT) - second.num_computed])
+    assert_close(rest, expected[shared_blocks * BLOCK_SIZE : len(PROMPT)])
+
     chunked = Runner(model, [[*PROMPT, *ANSWER]])
     chunked.sequences[0].num_prompt_tokens = len(PROMPT)
     chunks = (37, 1, 16, 40, 6, *(1 for _ in ANSWER))
     assert_close(torch.cat([part for n in chunks for part in chunked.step([n])]), expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen2", "qwen3", "mistral-window", "gemma2", "gemma3", "phi3-window", "olmo2"],
+)
 def test_a_ragged_batch_equals_each_sequence_alone(
-    family: str, kernels: Kernels, tmp_path: Path
+    name: str, kernels: Kernels, tmp_path: Path
 ) -> None:
-    overrides: dict[str, Any] = {"sliding_window": 20} if family == "mistral" else {}
-    path = tiny_checkpoint(tmp_path, family, **overrides)
+    case = CASES[name]
+    path = tiny_checkpoint(tmp_path, case.family, **case.overrides)
     prompts = [prompt_of(length, seed=length) for length in (1, 15, 16, 17, 50)]
     answers = [prompt_of(4, seed=100 + length) for length in (1, 15, 16, 17, 50)]
     model = load_model(path, kernels=kernels)

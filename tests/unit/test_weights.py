@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from engine.checkpoint import read_config
 from engine.errors import CheckpointError
 from engine.kernels.torch_kernels import TorchKernels
-from engine.models import CausalLM, build, load_model
+from engine.models.build import build, load_model
+from engine.models.causal_lm import CausalLM
 from engine.parallel import AxisGroup, ParallelAxes
 from engine.parallel.linear import ParallelLinear
 from engine.weights import load, open_weights

@@ -1,0 +1,92 @@
+"""One layer of a decoder: attention and feed-forward with the norms that its family puts around.
+
+Shape suffixes: T tokens of this step, D model dim, A one a rotated pair, P blocks in the pool,
+J key then value, G KV heads, C slots in a block.
+"""
+
+import torch
+from torch import nn
+
+from engine.checkpoint.config import ModelConfig
+from engine.kernels.interface import Kernels
+from engine.kv_cache.batch import StepBatch
+from engine.layers.attention import Attention
+from engine.layers.mlp import Mlp
+from engine.layers.norm import RmsNorm
+from engine.parallel.axes import ParallelAxes
+
+
+class DecoderLayer(nn.Module):
+    """What a layer adds to the residual is handed on, so that the next norm adds it.
+
+    The collectives are one all-reduce over the tensor axis after attention and one after the mlp.
+    """
+
+    def __init__(
+        self, config: ModelConfig, index: int, *, axes: ParallelAxes, kernels: Kernels
+    ) -> None:
+        super().__init__()
+        name = f"model.layers.{index}"
+        form, window = config.form, config.windows[index]
+        self.has_local_rope = window is not None and config.local_rope is not None
+        self._residual_scale = form.residual_scale
+
+        def norm(tensor: str | None) -> RmsNorm | None:
+            if tensor is None:
+                return None
+            return RmsNorm(config.hidden_size, config, name=f"{name}.{tensor}", kernels=kernels)
+
+        self.norm_before_attention = norm(form.norms.before_attention)
+        self.attention = Attention(
+            config, name=f"{name}.self_attn", window=window, axis=axes.tp, kernels=kernels
+        )
+        self.norm_after_attention = norm(form.norms.after_attention)
+        self.norm_before_mlp = norm(form.norms.before_mlp)
+        self.mlp = Mlp(
+            config,
+            name=f"{name}.mlp",
+            intermediate_size=config.intermediate_size,
+            has_bias=form.mlp_bias,
+            gate_up_names=form.gate_up_names,
+            axis=axes.tp,
+            kernels=kernels,
+        )
+        self.norm_after_mlp = norm(form.norms.after_mlp)
+
+    def forward(
+        self,
+        added_TD: torch.Tensor | None,
+        residual_TD: torch.Tensor,
+        cos_TA: torch.Tensor,
+        sin_TA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+        batch: StepBatch,
+    ) -> torch.Tensor:
+        """Take the residual and what is still to be added to it; returns what is to be added next.
+
+        `residual_TD` is changed in place. `added_TD` is None before the first layer.
+        """
+        x_TD = add_and_norm(self.norm_before_attention, added_TD, residual_TD)
+        attended_TD = self.attention(x_TD, cos_TA, sin_TA, kv_PJGCA, batch)
+        attended_TD = self._leave(self.norm_after_attention, attended_TD)
+        x_TD = add_and_norm(self.norm_before_mlp, attended_TD, residual_TD)
+        return self._leave(self.norm_after_mlp, self.mlp(x_TD))
+
+    def _leave(self, norm: RmsNorm | None, y_TD: torch.Tensor) -> torch.Tensor:
+        if norm is not None:
+            y_TD = norm(y_TD)
+        if self._residual_scale != 1.0:
+            y_TD = y_TD * self._residual_scale
+        return y_TD
+
+
+def add_and_norm(
+    norm: RmsNorm | None, added_TD: torch.Tensor | None, residual_TD: torch.Tensor
+) -> torch.Tensor:
+    """residual_TD += added_TD in place; returns the norm of it, or without a norm itself."""
+    if norm is None:
+        return residual_TD if added_TD is None else residual_TD.add_(added_TD)
+    if added_TD is None:
+        normed_TD: torch.Tensor = norm(residual_TD)
+        return normed_TD
+    return norm.add(added_TD, residual_TD)
