@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,12 @@ def write_tokenizer(path: Path, *, chat_template: str | None = CHAT_TEMPLATE) ->
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-_GGUF_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}
+_GGUF_NAMES = {
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
 _GGUF_KEYS = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -111,6 +117,10 @@ _GGUF_KEYS = {
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_scale",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
 }
 
 
@@ -138,7 +148,7 @@ def write_gguf(directory: Path, gguf_path: Path, quantization: str = "F32") -> P
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if getattr(config, "sliding_window", None) is not None:
+    if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
     for field, key in _GGUF_KEYS.items():
         if getattr(config, field, None) is not None:
@@ -147,7 +157,8 @@ def write_gguf(directory: Path, gguf_path: Path, quantization: str = "F32") -> P
     _add_tokenizer(writer, directory)
     arch_of_name = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(arch_of_name[arch], config.num_hidden_layers)
-    for name, values in sorted(load_file(directory / "model.safetensors").items()):
+    tensors = _with_stacked_experts(load_file(directory / "model.safetensors"))
+    for name, values in sorted(tensors.items()):
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
         is_interleaved = arch in {"llama", "granite"} and (".q_proj." in name or ".k_proj." in name)
@@ -163,6 +174,21 @@ def write_gguf(directory: Path, gguf_path: Path, quantization: str = "F32") -> P
     writer.write_tensors_to_file()
     writer.close()
     return gguf_path
+
+
+def _with_stacked_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The experts of a layer as one tensor, as in llama.cpp's files."""
+    experts: dict[str, dict[int, torch.Tensor]] = {}
+    stacked: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", name)
+        if match is None:
+            stacked[name] = tensor
+        else:
+            experts.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = tensor
+    for name, parts in experts.items():
+        stacked[name] = torch.stack([parts[index] for index in sorted(parts)])
+    return stacked
 
 
 def _typed(value: float) -> tuple[float, gguf.GGUFValueType]:

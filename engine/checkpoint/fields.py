@@ -17,9 +17,16 @@ class Fields:
         self.source = source
         self.values = values
 
-    def with_defaults(self, defaults: Mapping[str, object]) -> "Fields":
-        """The same where `defaults` stand for fields that are not there at all."""
-        return Fields(self.source, {**defaults, **self.values})
+    def with_defaults(
+        self, defaults: Mapping[str, object], aliases: Mapping[str, str] | None = None
+    ) -> "Fields":
+        """The same where `defaults` stand for fields that are not there at all.
+
+        `aliases` leads from names that some files use to the names that are read.
+        """
+        names = aliases or {}
+        own = {names.get(name, name): value for name, value in self.values.items()}
+        return Fields(self.source, {**defaults, **own})
 
     def integer(self, name: str, default: int | None = None) -> int:
         value = self.optional_integer(name)
@@ -80,6 +87,15 @@ class Fields:
         ):
             raise CheckpointError(f"{self.source}: {name} must be a list of finite numbers")
         return tuple(float(item) for item in value)
+
+    def integers(self, name: str) -> frozenset[int]:
+        """The integers of a list; none where there is no list."""
+        value = self.values.get(name) or []
+        if not isinstance(value, list) or not all(
+            isinstance(item, int) and not isinstance(item, bool) for item in value
+        ):
+            raise CheckpointError(f"{self.source}: {name} must be a list of integers")
+        return frozenset(value)
 
     def token_ids(self, name: str) -> frozenset[int]:
         value = self.values.get(name)

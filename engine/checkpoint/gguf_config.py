@@ -30,6 +30,10 @@ _HUGGING_FACE_FIELDS = {
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
     "logit_scale": "logits_scaling",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
 _LAYERS_OF_GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 _END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -62,8 +66,11 @@ def config_from_gguf_file(file: GgufFile) -> ModelConfig:
         raise CheckpointError(
             f"{file.path} is one part of a split model; join them with llama-gguf-split --merge"
         )
-    if fields.integer("expert_count", 0):
-        raise CheckpointError(f"{file.path}: mixtures of experts are not supported")
+    if fields.integer("expert_count", 0) and not name.endswith("moe"):
+        raise CheckpointError(
+            f"{file.path}: mixtures of experts are read from GGUF for qwen2moe and qwen3moe only; "
+            "use the Hugging Face directory"
+        )
     tokenizer = Fields(str(file.path), _without_prefix(file.metadata, "tokenizer.ggml."))
     hidden_size = fields.size("embedding_length")
     num_heads = fields.size("attention.head_count")
@@ -90,7 +97,7 @@ def config_from_gguf_file(file: GgufFile) -> ModelConfig:
         architecture=family.architecture,
         vocab_size=embedding.shape[0],
         hidden_size=hidden_size,
-        intermediate_size=fields.size("feed_forward_length"),
+        intermediate_size=fields.size("feed_forward_length", hidden_size),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=fields.size("attention.head_count_kv", num_heads),
@@ -141,7 +148,8 @@ def _hugging_face_fields(
         is_27b = fields.size("block_count") == _LAYERS_OF_GEMMA_27B[name]
         width = fields.size("embedding_length") // fields.size("attention.head_count")
         values["query_pre_attn_scalar"] = width if is_27b else head_dim
-    return Fields(file.path.name, values).with_defaults(family.defaults)
+    defaults = {**family.defaults, **family.gguf_defaults}
+    return Fields(str(file.path), values).with_defaults(defaults)
 
 
 def _without_prefix(metadata: Mapping[str, MetadataValue], prefix: str) -> dict[str, MetadataValue]:

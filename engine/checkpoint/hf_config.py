@@ -26,7 +26,7 @@ def config_from_directory(path: Path) -> ModelConfig:
     file = read_json(path / "config.json")
     family = _family(file)
     _refuse_quantized(file)
-    fields = file.with_defaults(family.defaults)
+    fields = file.with_defaults(family.defaults, family.aliases)
     hidden_size = fields.size("hidden_size")
     num_heads = fields.size("num_attention_heads")
     num_layers = fields.size("num_hidden_layers", limit=MAX_LAYERS)

@@ -78,10 +78,13 @@ def load_model(
     config = read_config(path)
     with open_weights(path, config) as weights:
         config = dataclasses.replace(config, tie_word_embeddings=_is_tied(config, weights))
-        if config.num_layers > len(weights.names):
+        num_parts = config.num_layers
+        if config.form.experts is not None:
+            num_parts += config.form.experts.num_experts * len(config.form.experts.layers)
+        if num_parts > len(weights.names):
             raise CheckpointError(
-                f"{path}: the configuration has {config.num_layers} layers, the weights hold only "
-                f"{len(weights.names)} tensors"
+                f"{path}: the configuration has {num_parts} layers and experts, the weights hold "
+                f"only {len(weights.names)} tensors"
             )
         target = torch.device(device)
         try:

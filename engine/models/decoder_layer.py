@@ -12,6 +12,7 @@ from engine.kernels.interface import Kernels
 from engine.kv_cache.batch import StepBatch
 from engine.layers.attention import Attention
 from engine.layers.mlp import Mlp
+from engine.layers.moe import MoeMlp
 from engine.layers.norm import RmsNorm
 from engine.parallel.axes import ParallelAxes
 
@@ -19,7 +20,7 @@ from engine.parallel.axes import ParallelAxes
 class DecoderLayer(nn.Module):
     """What a layer adds to the residual is handed on, so that the next norm adds it.
 
-    The collectives are one all-reduce over the tensor axis after attention and one after the mlp.
+    The collectives are those of `Attention`, then those of `Mlp` or `MoeMlp`.
     """
 
     def __init__(
@@ -42,15 +43,19 @@ class DecoderLayer(nn.Module):
         )
         self.norm_after_attention = norm(form.norms.after_attention)
         self.norm_before_mlp = norm(form.norms.before_mlp)
-        self.mlp = Mlp(
-            config,
-            name=f"{name}.mlp",
-            intermediate_size=config.intermediate_size,
-            has_bias=form.mlp_bias,
-            gate_up_names=form.gate_up_names,
-            axis=axes.tp,
-            kernels=kernels,
-        )
+        self.mlp: Mlp | MoeMlp
+        if form.experts is not None and index in form.experts.layers:
+            self.mlp = MoeMlp(config, form.experts, layer=name, axes=axes, kernels=kernels)
+        else:
+            self.mlp = Mlp(
+                config,
+                name=f"{name}.mlp",
+                intermediate_size=config.intermediate_size,
+                has_bias=form.mlp_bias,
+                gate_up_names=form.gate_up_names,
+                axis=axes.tp,
+                kernels=kernels,
+            )
         self.norm_after_mlp = norm(form.norms.after_mlp)
 
     def forward(

@@ -24,8 +24,12 @@ class Family:
     windows: Windows = no_windows
     defaults: Mapping[str, object] = field(default_factory=dict)
     """Fields that files leave out, as transformers' configuration class has them."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """From names that some files use for a field to the name that `form` reads."""
     gguf: str | None = None
     """`general.architecture` of a GGUF file; None: no such file can be read."""
+    gguf_defaults: Mapping[str, object] = field(default_factory=dict)
+    """Fields that a GGUF file does not have, as llama.cpp takes them."""
     has_partial_rotary: bool = False
     is_context_scaled: bool = False
     """max_position_embeddings counts what a scaling of the rotary embedding adds."""

@@ -6,10 +6,13 @@ from engine.models.gemma3 import GEMMA3
 from engine.models.granite import GRANITE
 from engine.models.llama import LLAMA
 from engine.models.mistral import MISTRAL
+from engine.models.mixtral import MIXTRAL
 from engine.models.olmo2 import OLMO2
 from engine.models.phi3 import PHI3
 from engine.models.qwen2 import QWEN2
+from engine.models.qwen2_moe import QWEN2_MOE
 from engine.models.qwen3 import QWEN3
+from engine.models.qwen3_moe import QWEN3_MOE
 
 _FAMILIES = (
     LLAMA,
@@ -21,5 +24,8 @@ _FAMILIES = (
     PHI3,
     OLMO2,
     GRANITE,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
 )
 FAMILY_OF_ARCHITECTURE: dict[str, Family] = {family.architecture: family for family in _FAMILIES}

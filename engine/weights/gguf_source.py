@@ -1,12 +1,14 @@
 """A GGUF file's tensors under Hugging Face names and in Hugging Face's row order."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.form import MAX_EXPERTS
 from engine.checkpoint.gguf_file import GgufFile
 from engine.errors import CheckpointError
 
@@ -33,10 +35,23 @@ _NORMS_AROUND = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.*.gate_proj",
+    "ffn_up_exps": "mlp.experts.*.up_proj",
+    "ffn_down_exps": "mlp.experts.*.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+"""The star stands for the experts, which are one tensor together."""
 _NAMES_OF_ARCHITECTURE: dict[str, dict[str, str]] = {
     "gemma2": _NORMS_AROUND,
     "gemma3": _NORMS_AROUND,
     "olmo2": _NORMS_AROUND,
+    "qwen2moe": _EXPERTS,
+    "qwen3moe": _EXPERTS,
     "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
 }
 """What a family has besides `_LAYER_NAMES`, or under another name."""
@@ -45,6 +60,14 @@ _OFFSET_NORM_ARCHITECTURES = {"gemma2", "gemma3"}
 """Files hold the norms' weights with the 1 that the model would add."""
 _CONFIG_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 """Part of the configuration: see `gguf_config`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A tensor of the file, or one expert's part of it."""
+
+    tensor: str
+    expert: int | None = None
 
 
 class GgufSource:
@@ -58,12 +81,24 @@ class GgufSource:
         self._is_interleaved = architecture in _INTERLEAVED_ARCHITECTURES
         self._has_offset_norms = architecture in _OFFSET_NORM_ARCHITECTURES
         layer_names = {**_LAYER_NAMES, **_NAMES_OF_ARCHITECTURE.get(architecture, {})}
-        self._gguf_name = {
-            _hugging_face_name(path, name, layer_names): name
-            for name in self._file.tensors
-            if name not in _CONFIG_TENSORS and not name.endswith("attn_rot_embd.weight")
-        }
-        self.names = frozenset(self._gguf_name)
+        self._place_of: dict[str, _Place] = {}
+        for name in self._file.tensors:
+            if name not in _CONFIG_TENSORS and not name.endswith("attn_rot_embd.weight"):
+                self._add(name, _hugging_face_name(path, name, layer_names))
+        self.names = frozenset(self._place_of)
+
+    def _add(self, name: str, hugging_face_name: str) -> None:
+        if "*" not in hugging_face_name:
+            self._place_of[hugging_face_name] = _Place(name)
+            return
+        shape = self._file.tensors[name].shape
+        if len(shape) != 3 or shape[0] > MAX_EXPERTS:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} of shape {list(shape)} does not hold 1 to "
+                f"{MAX_EXPERTS} experts"
+            )
+        for expert in range(shape[0]):
+            self._place_of[hugging_face_name.replace("*", str(expert))] = _Place(name, expert)
 
     def __enter__(self) -> "GgufSource":
         return self
@@ -77,18 +112,28 @@ class GgufSource:
         """The mapping goes with the last reference to the file."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file.tensors[self._gguf_name[name]].shape
+        place = self._place_of[name]
+        shape = self._file.tensors[place.tensor].shape
+        if place.expert is not None:
+            return shape[1:]
+        return (1, *shape) if _is_flat_gate(name, shape) else shape
 
     def location(self, name: str) -> str:
-        return f"{self._file.path}: {self._gguf_name[name]}"
+        return f"{self._file.path}: {self._place_of[name].tensor}"
 
     def read(
         self, name: str, dim: int = 0, start: int = 0, length: int | None = None
     ) -> torch.Tensor:
         stop = None if length is None else start + length
+        place = self._place_of[name]
+        if place.expert is not None:
+            whole = self._file.read(place.tensor, place.expert, place.expert + 1)[0]
+            return torch.from_numpy(whole).narrow(dim, start, (stop or whole.shape[dim]) - start)
+        if _is_flat_gate(name, self._file.tensors[place.tensor].shape):
+            return torch.from_numpy(self._file.read(place.tensor)).unsqueeze(0)
         if dim != 0:
-            return torch.from_numpy(self._file.read(self._gguf_name[name]))[:, start:stop]
-        rows = torch.from_numpy(self._file.read(self._gguf_name[name], start, stop))
+            return torch.from_numpy(self._file.read(place.tensor))[:, start:stop]
+        rows = torch.from_numpy(self._file.read(place.tensor, start, stop))
         if self._is_interleaved and (".q_proj." in name or ".k_proj." in name):
             return self._half_split(rows)
         if self._has_offset_norms and "norm" in name:
@@ -103,6 +148,11 @@ class GgufSource:
         heads = rows.unflatten(0, (-1, self._head_dim // 2, 2))
         ordered: torch.Tensor = heads.transpose(1, 2).reshape(rows.shape)
         return ordered
+
+
+def _is_flat_gate(name: str, shape: tuple[int, ...]) -> bool:
+    """A projection to one number is a vector in some files."""
+    return name.endswith("shared_expert_gate.weight") and len(shape) == 1
 
 
 def _hugging_face_name(path: Path, name: str, layer_names: Mapping[str, str]) -> str:

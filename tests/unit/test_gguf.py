@@ -19,7 +19,7 @@ from engine.kernels.torch_kernels import TorchKernels
 from engine.models.build import load_model
 from engine.weights import open_weights
 from tests.checkpoints import export_hf, tiny_checkpoint, write_gguf
-from tests.unit.test_model_parity import PROMPT, Runner, assert_close, reference_logits
+from tests.unit.test_model_parity import EXPERTS, PROMPT, Runner, assert_close, reference_logits
 
 WIDE: dict[str, Any] = {
     "hidden_size": 256,
@@ -82,9 +82,11 @@ def test_logits_equal_those_of_the_dequantised_directory(quantization: str, tmp_
         ("olmo2", {}),
         ("granite", {"attention_multiplier": 0.25, "embedding_multiplier": 6.0,
                      "residual_multiplier": 0.5, "logits_scaling": 8.0}),
+        ("qwen2_moe", EXPERTS),
+        ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
     ],
     ids=["llama-bias", "llama-tied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3",
-         "phi3-longrope", "olmo2", "granite"],
+         "phi3-longrope", "olmo2", "granite", "qwen2-moe", "qwen3-moe"],
 )  # fmt: skip
 def test_unquantised_file_equals_the_directory_it_was_made_from(
     family: str, overrides: dict[str, Any], tmp_path: Path

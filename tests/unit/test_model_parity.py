@@ -41,6 +41,12 @@ _LONG = {
     "short_factor": [1.0 + 0.1 * index for index in range(8)],
     "long_factor": [2.0 + 0.5 * index for index in range(8)],
 }
+EXPERTS: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 56,
+}
 CASES = {
     "llama": Case("llama"),
     "llama-tied": Case("llama", {"tie_word_embeddings": True}),
@@ -125,6 +131,16 @@ CASES = {
                                 "residual_multiplier": 0.22, "logits_scaling": 8.0}),
     "granite-bias-tied": Case("granite", {"attention_bias": True, "mlp_bias": True,
                                           "tie_word_embeddings": True}),
+    "mixtral": Case("mixtral", EXPERTS),
+    "mixtral-window": Case("mixtral", {**EXPERTS, "sliding_window": 24}),
+    "qwen2-moe": Case("qwen2_moe", {**EXPERTS, "mlp_only_layers": [1]}),
+    "qwen2-moe-normalised": Case("qwen2_moe", {**EXPERTS, "norm_topk_prob": True,
+                                               "decoder_sparse_step": 2}),
+    "qwen2-moe-window": Case("qwen2_moe", {**EXPERTS, "use_sliding_window": True,
+                                           "sliding_window": 24, "max_window_layers": 2}),
+    "qwen3-moe": Case("qwen3_moe", EXPERTS),
+    "qwen3-moe-normalised": Case("qwen3_moe", {**EXPERTS, "norm_topk_prob": True,
+                                               "attention_bias": True}),
 }  # fmt: skip
 
 
@@ -291,7 +307,17 @@ def test_logits_equal_those_of_transformers(case: Case, kernels: Kernels, tmp_pa
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "qwen2", "qwen3", "mistral-window", "gemma2", "gemma3", "phi3-window", "olmo2"],
+    [
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral-window",
+        "gemma2",
+        "gemma3",
+        "phi3-window",
+        "olmo2",
+        "mixtral",
+    ],
 )
 def test_a_ragged_batch_equals_each_sequence_alone(
     name: str, kernels: Kernels, tmp_path: Path
