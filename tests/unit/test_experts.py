@@ -48,7 +48,7 @@ def test_every_token_gets_the_weighted_sum_of_its_experts(num_tokens: int, num_r
     x_TD, expert_TK, weight_TK = routing(num_tokens)
     expected = torch.stack(
         [
-            sum(w * expert(int(e), x) for e, w in zip(ids, ws, strict=True))  # type: ignore[misc]
+            sum(w * expert(int(e), x) for e, w in zip(ids, ws, strict=True))
             for x, ids, ws in zip(x_TD, expert_TK, weight_TK, strict=True)
         ]
     )
@@ -93,6 +93,7 @@ FORM = ExpertsForm(num_experts=8, num_chosen=2, intermediate_size=4, layers=froz
     ],
 )  # fmt: skip
 def test_mixtures_that_cannot_be_are_refused(changes: dict[str, Any], match: str) -> None:
+    changes = dict(changes)
+    router = changes.pop("router", {})
     with pytest.raises(CheckpointError, match=match):
-        router = RouterForm(**changes.get("router", {}))
-        dataclasses.replace(FORM, **{**changes, "router": router})
+        dataclasses.replace(FORM, **changes, router=RouterForm(**router))
