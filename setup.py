@@ -32,6 +32,7 @@ BF16 = [*AVX512, "-mavx512bf16"]
 PORTABLE_UNITS = [
     ("pool", []),
     ("library", []),
+    ("collectives", []),
     ("level", ["-DLEVEL=portable"]),
 ]
 X86_UNITS = [

@@ -6,11 +6,12 @@ from types import MappingProxyType
 from typing import Self, cast
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, ProcessGroup, ProcessGroupGloo
+from torch._C._distributed_c10d import PrefixStore, ProcessGroup, ProcessGroupGloo, Store
 
 from engine.parallel.axes import ParallelAxes
 from engine.parallel.collectives import Collectives, CollectivesConfig
 from engine.parallel.environment import RankEnvironment
+from engine.parallel.host import SharedHost, share_host
 from engine.parallel.layout import Axis, ParallelLayout
 from engine.parallel.process_group import ProcessGroupCollectives
 from engine.parallel.traffic import Traffic
@@ -24,6 +25,7 @@ class RankGroup:
         layout: ParallelLayout,
         rank: int,
         collectives: Mapping[Axis, Collectives],
+        host: SharedHost | None = None,
     ) -> None:
         self.layout = layout
         self.rank = rank
@@ -33,6 +35,7 @@ class RankGroup:
         self.transports = MappingProxyType({axis: by.name for axis, by in collectives.items()})
         """How bytes travel, for each axis of more than one rank."""
         self._collectives = collectives
+        self._host = host
         self.axes = ParallelAxes.from_layout(layout, rank, collectives, self.traffic)
 
     def __enter__(self) -> Self:
@@ -45,6 +48,8 @@ class RankGroup:
         """Leave; ranks that wait for this one in a collective get an error."""
         for collectives in self._collectives.values():
             collectives.close()
+        if self._host is not None:
+            self._host.close()
 
 
 def join_group(
@@ -80,23 +85,30 @@ def join_group(
     if layout.num_ranks == 1:
         return RankGroup(layout, 0, {})
     store = environment.open_store(config.join_timeout_s)
+    host = share_host(store, layout, environment.rank, config)
     collectives: dict[Axis, Collectives] = {}
     for axis in Axis:
-        group = layout.group(axis, environment.rank)
-        if len(group) > 1:
-            index = group.index(environment.rank)
-            name = f"{axis.value}/{group[0]}"
-            gloo = ProcessGroupGloo(
-                PrefixStore(name, store),
-                index,
-                len(group),
-                timedelta(seconds=config.collective_timeout_s),
-            )
-            collectives[axis] = ProcessGroupCollectives(
-                "gloo",
-                cast("ProcessGroup", gloo),
-                index,
-                len(group),
-                timeout_s=config.collective_timeout_s,
-            )
-    return RankGroup(layout, environment.rank, collectives)
+        if layout.size(axis) > 1:
+            shared = host.collectives(axis) if host is not None else None
+            collectives[axis] = shared or _gloo(store, layout, axis, environment.rank, config)
+    return RankGroup(layout, environment.rank, collectives, host)
+
+
+def _gloo(
+    store: Store, layout: ParallelLayout, axis: Axis, rank: int, config: CollectivesConfig
+) -> Collectives:
+    group = layout.group(axis, rank)
+    index = group.index(rank)
+    gloo = ProcessGroupGloo(
+        PrefixStore(f"{axis.value}/{group[0]}", store),
+        index,
+        len(group),
+        timedelta(seconds=config.collective_timeout_s),
+    )
+    return ProcessGroupCollectives(
+        "gloo",
+        cast("ProcessGroup", gloo),
+        index,
+        len(group),
+        timeout_s=config.collective_timeout_s,
+    )
