@@ -17,6 +17,8 @@ class CollectivesConfig:
     """The longest wait for all ranks to start."""
     collective_buffer_bytes: int = 256 * 1024
     """Shared memory a rank writes at a time; larger tensors go in pieces. Twice this a rank."""
+    has_shared_memory: bool = True
+    """Ranks of one host exchange through memory; else over TCP, as with other hosts."""
     mailbox_bytes: int = 4 * 1024 * 1024
     """Shared memory from one rank to another; a send that fits does not wait for its receiver."""
 

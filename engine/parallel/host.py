@@ -116,9 +116,7 @@ class SharedHost:
 
     def _adopt(self, file: MemoryFile) -> None:
         self._file = file
-        self._board = HostBoard(
-            self._library, file.address, self._rank, self._pids, self._config.collective_timeout_s
-        )
+        self._board = HostBoard(self._library, file.address, self._rank, self._pids)
 
 
 def share_host(

@@ -6,26 +6,14 @@ A rank finds the verdict in every call that has to wait, so nobody waits for a g
 import os
 import select
 from collections.abc import Mapping, Sequence
-from enum import IntEnum
 
-from engine.errors import (
-    CollectiveAbortedError,
-    CollectiveTimeoutError,
-    RankDeadError,
-    RankGroupError,
-)
 from engine.parallel.native_group import NativeGroupLibrary
+from engine.parallel.verdict import Verdict, VerdictKind
 
 _REASON_BYTES = 499
-
-
-class _Verdict(IntEnum):
-    """As in collectives.c."""
-
-    DEAD = 1
-    TIMED_OUT = 2
-    ABORTED = 3
-    LEFT = 4
+_ELSEWHERE = 1 << 31
+"""Marks a global rank of another host, where else a place on the board stands."""
+_UNKNOWN = (1 << 32) - 1
 
 
 class HostBoard:
@@ -37,7 +25,6 @@ class HostBoard:
         address: int,
         rank: int,
         pids: Mapping[int, int],
-        timeout_s: float,
     ) -> None:
         """`pids` by global rank, all of this host; `address` is that of the shared board.
 
@@ -48,8 +35,6 @@ class HostBoard:
         self.ranks: Sequence[int] = sorted(pids)
         self._library = library
         self._rank = rank
-        self._pids = pids
-        self._timeout_s = timeout_s
         self._is_open = True
         self.pidfds: dict[int, int] = {}
         """By global rank, of the other ranks: readable once the process is gone."""
@@ -64,26 +49,20 @@ class HostBoard:
     def place(self, rank: int) -> int:
         return self.ranks.index(rank)
 
-    def verdict(self, operation: str) -> RankGroupError | None:
-        """What ended the group, in words for a rank that was doing `operation`."""
+    def verdict(self) -> Verdict | None:
+        """What ended the group, if anything did."""
         verdict = self._library.board_verdict(self.address)
         if not verdict:
             return None
-        kind, place = _Verdict(verdict >> 32), verdict & 0xFFFFFFFF
-        rank = self.ranks[place]
-        name = f"rank {rank} (pid {self._pids[rank]})"
-        if kind is _Verdict.DEAD:
-            text = f"{operation}: {name} is dead"
-            return RankDeadError(text, rank=rank, operation=operation)
-        if kind is _Verdict.LEFT:
-            text = f"{operation}: {name} has left the group"
-            return RankDeadError(text, rank=rank, operation=operation)
-        if kind is _Verdict.TIMED_OUT:
-            text = f"{operation}: {name} did not come within {self._timeout_s:g} s"
-            return CollectiveTimeoutError(text, rank=rank, operation=operation)
-        reason = self._library.board_reason(self.address, place).decode(errors="replace")
-        text = f"{operation}: {name} called the group off: {reason}"
-        return CollectiveAbortedError(text, rank=rank, operation=operation)
+        kind, place = VerdictKind(verdict >> 48), verdict >> 32 & 0xFFFF
+        blamed = verdict & 0xFFFFFFFF
+        rank: int | None = blamed & ~_ELSEWHERE
+        if not blamed & _ELSEWHERE:
+            rank = self.ranks[blamed]
+        elif blamed == _UNKNOWN:
+            rank = None
+        reason = self._library.board_reason(self.address, place)
+        return Verdict(kind, rank, reason.decode(errors="replace"))
 
     def dead_rank(self) -> int | None:
         """A rank whose process is gone, looked up now."""
@@ -94,10 +73,22 @@ class HostBoard:
         return next((by_fd[fd] for fd, _ in poll.poll(0)), None)
 
     def abort(self, reason: str) -> None:
+        """Call the group off, unless it is over; wakes all ranks of the host."""
+        self.post(Verdict(VerdictKind.ABORTED, self._rank, reason))
+
+    def post(self, verdict: Verdict) -> None:
         """Give the verdict unless there is one; wakes all ranks of the host."""
+        if verdict.rank is None:
+            blamed = _UNKNOWN
+        elif verdict.rank in self.ranks:
+            blamed = self.place(verdict.rank)
+        else:
+            blamed = _ELSEWHERE | verdict.rank
+        reason = verdict.reason.encode()[:_REASON_BYTES]
         if self._is_open:
-            data = reason.encode()[:_REASON_BYTES]
-            self._library.board_abort(self.address, self.place(self._rank), data)
+            self._library.board_post(
+                self.address, self.place(self._rank), verdict.kind, blamed, reason
+            )
 
     def close(self) -> None:
         """Leave: ranks that wait for this one get an error."""

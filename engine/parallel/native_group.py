@@ -17,7 +17,7 @@ _i32, _i64, _pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 Call = Callable[..., int]
 
 # Without the last two arguments, which all have: time-out in ns (or -1), and whether it is brief.
-_CALLS = {
+_CALLS: dict[str, list[type]] = {
     "all_reduce": [_i32, _pointer, _i64],
     "all_gather": [_pointer, _pointer, _pointer],
     "reduce_scatter": [_i32, _pointer, _pointer, _pointer],
@@ -53,8 +53,11 @@ class NativeGroupLibrary:
             self.brief = {name: _bound(brief, name) for name in _CALLS}
             self.board_bytes = _function(brief, "board_bytes", [_i32], _i64)
             self.board_verdict = _function(brief, "board_verdict", [_pointer], ctypes.c_uint64)
-            self.board_abort = _function(
-                brief, "board_abort", [_pointer, _i32, ctypes.c_char_p], None
+            self.board_post = _function(
+                brief,
+                "board_post",
+                [_pointer, _i32, ctypes.c_int, ctypes.c_uint32, ctypes.c_char_p],
+                None,
             )
             self.board_reason = _function(brief, "board_reason", [_pointer, _i32], ctypes.c_char_p)
             self.board_leave = _function(brief, "board_leave", [_pointer, _i32], None)
@@ -78,7 +81,7 @@ def native_group_library() -> NativeGroupLibrary:
 
 
 def _bound(library: ctypes.CDLL, name: str) -> Call:
-    argtypes = [_pointer, *_CALLS[name], _i64, ctypes.c_int]
+    argtypes: list[type] = [_pointer, *_CALLS[name], _i64, ctypes.c_int]
     call: Call = _function(library, f"group_{name}", argtypes, ctypes.c_int)
     return call
 

@@ -1,6 +1,7 @@
-"""A worker's ranks, joined: their axes and what ends them together."""
+"""A worker's ranks, joined: their axes, and what ends them together."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Self, cast
@@ -14,7 +15,9 @@ from engine.parallel.environment import RankEnvironment
 from engine.parallel.host import SharedHost, share_host
 from engine.parallel.layout import Axis, ParallelLayout
 from engine.parallel.process_group import ProcessGroupCollectives
+from engine.parallel.store_watch import StoreWatch
 from engine.parallel.traffic import Traffic
+from engine.parallel.verdict import Verdict, VerdictKind
 
 
 class RankGroup:
@@ -25,7 +28,10 @@ class RankGroup:
         layout: ParallelLayout,
         rank: int,
         collectives: Mapping[Axis, Collectives],
+        *,
+        config: CollectivesConfig,
         host: SharedHost | None = None,
+        watch: StoreWatch | None = None,
     ) -> None:
         self.layout = layout
         self.rank = rank
@@ -33,9 +39,11 @@ class RankGroup:
         self.traffic = Traffic()
         """Of all axes."""
         self.transports = MappingProxyType({axis: by.name for axis, by in collectives.items()})
-        """How bytes travel, for each axis of more than one rank."""
+        """How bytes travel ("shm", "gloo", "nccl"), for each axis of more than one rank."""
         self._collectives = collectives
+        self._config = config
         self._host = host
+        self._watch = watch
         self.axes = ParallelAxes.from_layout(layout, rank, collectives, self.traffic)
 
     def __enter__(self) -> Self:
@@ -44,12 +52,52 @@ class RankGroup:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def check(self) -> None:
+        """Look whether all ranks are well; for a rank that is in no collective.
+
+        Cheap enough for every second. A rank that is stopped shows in the next collective only.
+
+        Raises:
+            RankGroupError: what ended the group, as from a collective.
+        """
+        verdict = self._verdict()
+        if verdict is None and self._host is not None:
+            dead_rank = self._host.board.dead_rank()
+            if dead_rank is not None:
+                self._post(Verdict(VerdictKind.DEAD, dead_rank))
+                verdict = self._verdict()
+        if verdict is not None:
+            raise verdict.error("check", self._config.collective_timeout_s)
+
+    def abort(self, reason: str) -> None:
+        """Call the group off: every rank's collectives raise CollectiveAbortedError.
+
+        Any thread may call this. The first trouble counts; an abort after it changes nothing.
+        """
+        self._post(Verdict(VerdictKind.ABORTED, self.rank, reason))
+
     def close(self) -> None:
         """Leave; ranks that wait for this one in a collective get an error."""
-        for collectives in self._collectives.values():
-            collectives.close()
+        with ExitStack() as stack:
+            if self._host is not None:
+                stack.callback(self._host.close)
+            if self._watch is not None:
+                stack.callback(self._watch.close)
+            for collectives in self._collectives.values():
+                stack.callback(collectives.close)
+            self._collectives = {}
+            self._host = self._watch = None
+
+    def _verdict(self) -> Verdict | None:
+        if self._watch is not None:
+            return self._watch.verdict()
+        return None if self._host is None else self._host.board.verdict()
+
+    def _post(self, verdict: Verdict) -> None:
         if self._host is not None:
-            self._host.close()
+            self._host.board.post(verdict)
+        if self._watch is not None:
+            self._watch.post(verdict)
 
 
 def join_group(
@@ -67,7 +115,7 @@ def join_group(
         layout: one rank needs no environment.
         environment: this process's place, from `RankEnvironment.read`.
         config: time-outs and buffers.
-        device: where the tensors are; CPU by default.
+        device: where the tensors are; CPU by default. With CUDA, all axes but the world's use NCCL.
 
     Raises:
         ValueError: the layout has another number of ranks than the environment; both are named.
@@ -80,35 +128,66 @@ def join_group(
                 f"this program with torchrun --nproc-per-node {layout.num_ranks}, or set RANK, "
                 "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
             )
-        return RankGroup(layout, 0, {})
+        return RankGroup(layout, 0, {}, config=config)
     environment.check_layout(layout)
     if layout.num_ranks == 1:
-        return RankGroup(layout, 0, {})
+        return RankGroup(layout, 0, {}, config=config)
     store = environment.open_store(config.join_timeout_s)
-    host = share_host(store, layout, environment.rank, config)
+    return _joined(layout, environment.rank, store, config, device or torch.device("cpu"))
+
+
+def _joined(
+    layout: ParallelLayout,
+    rank: int,
+    store: Store,
+    config: CollectivesConfig,
+    device: torch.device,
+) -> RankGroup:
+    host = share_host(store, layout, rank, config) if config.has_shared_memory else None
+    watch: StoreWatch | None = None
     collectives: dict[Axis, Collectives] = {}
     for axis in Axis:
-        if layout.size(axis) > 1:
-            shared = host.collectives(axis) if host is not None else None
-            collectives[axis] = shared or _gloo(store, layout, axis, environment.rank, config)
-    return RankGroup(layout, environment.rank, collectives, host)
+        if layout.size(axis) == 1:
+            continue
+        is_host_memory = axis is Axis.WORLD or device.type == "cpu"
+        shared = host.collectives(axis) if host is not None and is_host_memory else None
+        if shared is not None:
+            collectives[axis] = shared
+            continue
+        if watch is None:
+            watch = StoreWatch(
+                _own_connection(store), rank, layout.num_ranks, None if host is None else host.board
+            )
+        ranks = layout.group(axis, rank)
+        group_store = PrefixStore(f"{axis.value}/{ranks[0]}", store)
+        timeout = timedelta(seconds=config.collective_timeout_s)
+        open_group = _gloo if is_host_memory else _nccl
+        collectives[axis] = ProcessGroupCollectives(
+            "gloo" if is_host_memory else "nccl",
+            open_group(group_store, ranks.index(rank), len(ranks), timeout),
+            ranks,
+            rank,
+            watch,
+            title=axis.value,
+            device=torch.device("cpu") if is_host_memory else device,
+            timeout_s=config.collective_timeout_s,
+        )
+    return RankGroup(layout, rank, collectives, config=config, host=host, watch=watch)
 
 
-def _gloo(
-    store: Store, layout: ParallelLayout, axis: Axis, rank: int, config: CollectivesConfig
-) -> Collectives:
-    group = layout.group(axis, rank)
-    index = group.index(rank)
-    gloo = ProcessGroupGloo(
-        PrefixStore(f"{axis.value}/{group[0]}", store),
-        index,
-        len(group),
-        timedelta(seconds=config.collective_timeout_s),
-    )
-    return ProcessGroupCollectives(
-        "gloo",
-        cast("ProcessGroup", gloo),
-        index,
-        len(group),
-        timeout_s=config.collective_timeout_s,
-    )
+def _own_connection(store: Store) -> Store:
+    """A second connection: a call that waits keeps the first one busy."""
+    clone: Store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
+    return clone
+
+
+def _gloo(store: Store, index: int, size: int, timeout: timedelta) -> ProcessGroup:
+    return cast("ProcessGroup", ProcessGroupGloo(store, index, size, timeout))
+
+
+def _nccl(store: Store, index: int, size: int, timeout: timedelta) -> ProcessGroup:
+    from torch._C._distributed_c10d import ProcessGroupNCCL
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = timeout  # noqa: SLF001  # the only way to set it
+    return cast("ProcessGroup", ProcessGroupNCCL(store, index, size, options))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.errors import CollectiveAbortedError
 from engine.parallel.collectives import CollectivesConfig
 from engine.parallel.host_board import HostBoard
 from engine.parallel.native_group import Answer, NativeGroupLibrary
@@ -41,7 +40,7 @@ def buffer_bytes(config: CollectivesConfig, size: int) -> int:
 
 def group_bytes(library: NativeGroupLibrary, config: CollectivesConfig, size: int) -> int:
     """Shared memory that a group takes, in whole pages."""
-    num_bytes = library.group_bytes(size, buffer_bytes(config, size), config.mailbox_bytes)
+    num_bytes: int = library.group_bytes(size, buffer_bytes(config, size), config.mailbox_bytes)
     return math.ceil(num_bytes / _PAGE_BYTES) * _PAGE_BYTES
 
 
@@ -166,8 +165,9 @@ class SharedMemoryCollectives:
                     f"{there_bytes.value} bytes on rank {rank}"
                 )
             self._board.abort(reason)
-        error = self._board.verdict(operation)
-        raise error or CollectiveAbortedError(f"{operation}: no verdict", operation=operation)
+        verdict = self._board.verdict()
+        assert verdict is not None, f"{operation} failed without a verdict"
+        raise verdict.error(operation, self._timeout_ns / 1e9)
 
 
 def _code(x: torch.Tensor) -> int:

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from engine.parallel import RankGroup
+from engine.parallel import Axis, CollectivesConfig, RankGroup
 from tests.distributed.ranks import run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64)
@@ -85,6 +85,8 @@ def make_random_calls(group: RankGroup, seed: int, num_calls: int) -> list[str]:
             else:
                 axis.receive(found, before)
                 axis.send(mine, after)
+        if group.transports.get(Axis.TP) == "shm":
+            assert torch.equal(found, expected), made[-1]
         torch.testing.assert_close(
             found,
             expected,
@@ -95,10 +97,28 @@ def make_random_calls(group: RankGroup, seed: int, num_calls: int) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 8])
-def test_random_calls_give_what_torch_gives(num_ranks: int) -> None:
-    made = run_ranks(num_ranks, make_random_calls, num_ranks, 60)
+SMALL = CollectivesConfig(collective_buffer_bytes=64 * 1024, mailbox_bytes=64 * 1024)
+TCP = CollectivesConfig(has_shared_memory=False)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("config", [pytest.param(SMALL, id="shm"), pytest.param(TCP, id="gloo")])
+def test_random_calls_give_what_torch_gives(num_ranks: int, config: CollectivesConfig) -> None:
+    made = run_ranks(num_ranks, make_random_calls, num_ranks, 60, config=config)
     assert all(calls == made[0] for calls in made)
+
+
+def transports(group: RankGroup) -> dict[str, str]:
+    return {axis.value: name for axis, name in group.transports.items()}
+
+
+def test_ranks_of_one_host_share_memory() -> None:
+    shm = {"world": "shm", "tp": "shm", "pp": "shm", "expert_tp": "shm"}
+    assert run_ranks("tp=2,pp=2", transports) == [shm] * 4
+    assert (
+        run_ranks("tp=2", transports, config=TCP)
+        == [dict.fromkeys(("world", "tp", "expert_tp"), "gloo")] * 2
+    )
 
 
 def reduce_on_every_axis(group: RankGroup) -> dict[str, list[float]]:

@@ -44,11 +44,11 @@ typedef struct {
     _Atomic uint32_t waiting_for; /* 1 + place of the rank that this one sleeps for, or 0 */
     _Atomic uint32_t num_slices;  /* it slept; a stopped process counts no further */
     _Atomic uint32_t has_left;
-    char reason[LINE * 8 - 12]; /* why this rank aborted; written before the verdict */
+    char reason[LINE * 8 - 12]; /* why this rank called the group off; written before the verdict */
 } board_place;
 
 typedef struct {
-    _Atomic uint64_t verdict; /* kind << 32 | place to blame; 0: none */
+    _Atomic uint64_t verdict; /* kind << 48 | place that says so << 32 | whom to blame */
     char pad[LINE - 8];
     board_place places[];
 } board;
@@ -252,7 +252,9 @@ static void sleep_for(counter *counter, uint32_t target) {
 
 static void give_up(group *g, int kind, int32_t place) {
     uint64_t none = 0;
-    atomic_compare_exchange_strong(&g->board->verdict, &none, (uint64_t)kind << 32 | place);
+    uint64_t own = (uint64_t)g->places[g->rank];
+    uint64_t verdict = (uint64_t)kind << 48 | own << 32 | (uint32_t)place;
+    atomic_compare_exchange_strong(&g->board->verdict, &none, verdict);
 }
 
 /* Whom to blame for a wait that took too long: not who waits for another one in turn. */
@@ -695,10 +697,12 @@ EXPORT int64_t isthmus_group_mismatch(const group *g, uint64_t *num_bytes) {
 
 EXPORT uint64_t isthmus_board_verdict(const board *b) { return atomic_load(&b->verdict); }
 
-EXPORT void isthmus_board_abort(board *b, int32_t place, const char *reason) {
-    uint64_t none = 0;
+/* `blamed` is a place, or anything with the highest bit that the callers agree on. */
+EXPORT void isthmus_board_post(board *b, int32_t place, int kind, uint32_t blamed,
+                               const char *reason) {
+    uint64_t none = 0, verdict = (uint64_t)kind << 48 | (uint64_t)place << 32 | blamed;
     strncpy(b->places[place].reason, reason, sizeof b->places[place].reason - 1);
-    atomic_compare_exchange_strong(&b->verdict, &none, (uint64_t)ABORTED << 32 | place);
+    atomic_compare_exchange_strong(&b->verdict, &none, verdict);
 }
 
 EXPORT const char *isthmus_board_reason(const board *b, int32_t place) {
