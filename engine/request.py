@@ -32,6 +32,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
     min_tokens: int = 0
+    """So many tokens are drawn before one that ends the answer can be."""
     max_tokens: int = 16
     num_top_logprobs: int | None = None
     """None: no log probabilities; 0: the drawn token's only."""

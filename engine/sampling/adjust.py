@@ -37,7 +37,7 @@ def _add_biases(
             rows.append(row)
             token_ids.append(token_id)
             biases.append(bias)
-        if num_output_tokens[row] + 1 < state.params.min_tokens:
+        if num_output_tokens[row] < state.params.min_tokens:
             rows += [row] * len(state.end_token_ids)
             token_ids += state.end_token_ids
             biases += [-torch.inf] * len(state.end_token_ids)

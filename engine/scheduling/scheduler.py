@@ -452,7 +452,7 @@ class Scheduler:
         sampling = sequence.request.sampling
         is_eos = token_id in self.eos_token_ids and not sampling.ignore_eos
         if (is_eos or token_id in sampling.stop_token_ids) and (
-            sequence.num_output_tokens >= sampling.min_tokens
+            sequence.num_output_tokens > sampling.min_tokens
         ):
             return FinishReason.STOP
         if (

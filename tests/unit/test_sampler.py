@@ -194,7 +194,7 @@ def reference_penalties(x: list[float], p: SamplingParams, prompt, output) -> li
     x = list(x)
     for token, bias in p.logit_bias:
         x[token] += bias
-    if len(output) + 1 < p.min_tokens:
+    if len(output) < p.min_tokens:
         for token in p.stop_token_ids | (frozenset() if p.ignore_eos else EOS):
             x[token] = -math.inf
     for token in {*prompt, *output}:
@@ -255,14 +255,15 @@ def test_history_grows_beyond_its_first_arrays():
     assert history.output_counts.tolist() == [2.0] * 250
 
 
-def test_min_tokens_ends_with_the_last_held_back_token():
+def test_no_end_token_is_drawn_before_min_tokens():
+    """As in transformers' min_new_tokens and in vLLM: the end token does not count."""
     params = SamplingParams(temperature=0.0, min_tokens=3)
     x_V = torch.zeros(1, VOCAB)
     x_V[0, 7] = 9.0
     drawn = [
-        sample(x_V.clone(), [row(params, prompt=[1], output=[2] * n)])[0].token_id for n in range(4)
+        sample(x_V.clone(), [row(params, prompt=[1], output=[2] * n)])[0].token_id for n in range(5)
     ]
-    assert drawn == [0, 0, 7, 7]
+    assert drawn == [0, 0, 0, 7, 7]
 
 
 def test_logprobs_are_raw_and_top_ones_sorted():

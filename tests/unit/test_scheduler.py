@@ -128,7 +128,7 @@ def test_stop_token_ends_the_answer_unless_it_comes_before_min_tokens():
     driver = Driver(make_scheduler())
     stop = frozenset({answer[1]})
     driver.submit(make_request("a", stop_token_ids=stop), LOCAL)
-    driver.submit(make_request("b", stop_token_ids=stop, min_tokens=3), LOCAL)
+    driver.submit(make_request("b", stop_token_ids=stop, min_tokens=2), LOCAL)
     driver.run()
     assert driver.tokens["a"] == answer[:2]
     assert driver.finished["a"] is FinishReason.STOP
