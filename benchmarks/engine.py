@@ -113,6 +113,7 @@ class EngineBench:
             num_layers=config.num_layers,
             num_kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
+            num_parts=config.num_kv_parts,
             block_size_tokens=BLOCK_SIZE_TOKENS,
             dtype=_dtype_name(self._dtype),
         )
@@ -208,7 +209,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _elements_per_token(layout: KvLayout) -> int:
-    return layout.num_layers * 2 * layout.num_kv_heads * layout.head_dim
+    return layout.num_layers * layout.num_parts * layout.num_kv_heads * layout.head_dim
 
 
 def table(rows: Sequence[Row], title: str) -> Table:

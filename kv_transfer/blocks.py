@@ -1,6 +1,6 @@
 """Bytes of KV blocks in host memory, addressed by block and slot.
 
-A block is R rows of C slots of X bytes: R = layers x (key, value) x KV heads, X = one head's
+A block is R rows of C slots of X bytes: R = layers x parts (key, value) x KV heads, X = one head's
 vector. A token is one slot of every row. numpy copies such views without holding the
 interpreter lock.
 """
@@ -52,7 +52,7 @@ class HostBlocks:
     """A pool's bytes as [P, R, C, X]; a view, which keeps `data` alive until it is dropped."""
 
     def __init__(self, layout: KvLayout, data: memoryview, num_blocks: int) -> None:
-        self._num_rows = layout.num_layers * 2 * layout.num_kv_heads
+        self._num_rows = layout.num_layers * layout.num_parts * layout.num_kv_heads
         self._block_bytes = layout.block_bytes
         self._blocks_PRCX: Bytes = np.frombuffer(
             data, np.uint8, count=num_blocks * layout.block_bytes

@@ -17,6 +17,7 @@ def layout_to_pb(layout: KvLayout) -> pb.KvLayout:
         head_dim=layout.head_dim,
         block_size_tokens=layout.block_size_tokens,
         dtype=layout.dtype,
+        num_parts=layout.num_parts,
     )
 
 
@@ -29,6 +30,7 @@ def layout_from(message: pb.KvLayout) -> KvLayout:
             head_dim=message.head_dim,
             block_size_tokens=message.block_size_tokens,
             dtype=message.dtype,
+            num_parts=message.num_parts,
         )
     except ValueError as error:
         raise InvalidRequestError(f"KV layout: {error}") from error

@@ -68,7 +68,8 @@ def tiny_checkpoint(
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in sorted(model.named_parameters()):
+        buffers = {name: x for name, x in model.named_buffers() if name in model.state_dict()}
+        for name, parameter in sorted({**dict(model.named_parameters()), **buffers}.items()):
             noise = torch.randn(parameter.shape, generator=generator)
             centre = 1.0 if "norm" in name else 0.0
             parameter.copy_(centre + config.initializer_range * noise)

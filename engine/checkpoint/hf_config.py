@@ -39,6 +39,11 @@ def config_from_directory(path: Path) -> ModelConfig:
     )
     if not family.is_context_scaled:
         max_context_tokens = scaled_context_tokens(rope, max_context_tokens)
+    form = family.form(fields)
+    num_kv_heads = fields.size("num_key_value_heads", num_heads)
+    head_dim = fields.size("head_dim", hidden_size // num_heads)
+    if form.latent is not None:  # what is cached: one vector, whatever the heads are made of
+        num_kv_heads, head_dim = 1, form.latent.kv_rank + form.latent.rope_dim
     return ModelConfig(
         architecture=family.architecture,
         vocab_size=fields.size("vocab_size"),
@@ -46,14 +51,15 @@ def config_from_directory(path: Path) -> ModelConfig:
         intermediate_size=fields.size("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=fields.size("num_key_value_heads", num_heads),
-        head_dim=fields.size("head_dim", hidden_size // num_heads),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         max_context_tokens=max_context_tokens,
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
         rope=rope,
         local_rope=local_rope,
         windows=family.windows(fields, num_layers),
-        form=family.form(fields),
+        form=form,
+        unused_tensors=_further_layers(fields, num_layers),
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
         bos_token_id=fields.optional_integer("bos_token_id"),
         eos_token_ids=_eos_token_ids(path, fields),
@@ -80,6 +86,14 @@ def _refuse_quantized(fields: Fields) -> None:
             f"{fields.source}: the weights are quantised ({quantization.get('quant_method')!r}); "
             "use the unquantised checkpoint or a GGUF file"
         )
+
+
+def _further_layers(fields: Fields, num_layers: int) -> tuple[str, ...]:
+    """Layers that predict more than the next token stand behind the last one (DeepSeek-V3)."""
+    num_further = fields.integer("num_nextn_predict_layers", 0)
+    if not 0 <= num_further <= MAX_LAYERS:
+        raise CheckpointError(f"{fields.source}: num_nextn_predict_layers is {num_further}")
+    return tuple(f"model.layers.{num_layers + index}." for index in range(num_further))
 
 
 def _eos_token_ids(path: Path, fields: Fields) -> frozenset[int]:

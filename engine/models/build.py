@@ -97,7 +97,13 @@ def load_model(
             )
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        load(model, weights, kernels=kernels, device=target)
+        load(
+            model,
+            weights,
+            kernels=kernels,
+            device=target,
+            unused_tensors=config.unused_tensors,
+        )
     return model
 
 

@@ -11,6 +11,7 @@ from engine.checkpoint.config import ModelConfig
 from engine.kernels.interface import Kernels
 from engine.kv_cache.batch import StepBatch
 from engine.layers.attention import Attention
+from engine.layers.latent_attention import LatentAttention
 from engine.layers.mlp import Mlp
 from engine.layers.moe import MoeMlp
 from engine.layers.norm import RmsNorm
@@ -20,7 +21,7 @@ from engine.parallel.axes import ParallelAxes
 class DecoderLayer(nn.Module):
     """What a layer adds to the residual is handed on, so that the next norm adds it.
 
-    The collectives are those of `Attention`, then those of `Mlp` or `MoeMlp`.
+    The collectives are those of the attention, then those of `Mlp` or `MoeMlp`.
     """
 
     def __init__(
@@ -38,9 +39,15 @@ class DecoderLayer(nn.Module):
             return RmsNorm(config.hidden_size, config, name=f"{name}.{tensor}", kernels=kernels)
 
         self.norm_before_attention = norm(form.norms.before_attention)
-        self.attention = Attention(
-            config, name=f"{name}.self_attn", window=window, axis=axes.tp, kernels=kernels
-        )
+        self.attention: Attention | LatentAttention
+        if form.latent is not None:
+            self.attention = LatentAttention(
+                config, form.latent, name=f"{name}.self_attn", axis=axes.tp, kernels=kernels
+            )
+        else:
+            self.attention = Attention(
+                config, name=f"{name}.self_attn", window=window, axis=axes.tp, kernels=kernels
+            )
         self.norm_after_attention = norm(form.norms.after_attention)
         self.norm_before_mlp = norm(form.norms.before_mlp)
         self.mlp: Mlp | MoeMlp

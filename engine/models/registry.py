@@ -1,5 +1,7 @@
 """Every family, by the name in the `architectures` of its checkpoints."""
 
+from engine.models.deepseek_v2 import DEEPSEEK_V2
+from engine.models.deepseek_v3 import DEEPSEEK_V3
 from engine.models.family import Family
 from engine.models.gemma2 import GEMMA2
 from engine.models.gemma3 import GEMMA3
@@ -27,5 +29,7 @@ _FAMILIES = (
     MIXTRAL,
     QWEN2_MOE,
     QWEN3_MOE,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
 )
 FAMILY_OF_ARCHITECTURE: dict[str, Family] = {family.architecture: family for family in _FAMILIES}

@@ -85,6 +85,7 @@ def build_engine(
         num_layers=model.config.num_layers,
         num_kv_heads=model.config.num_kv_heads,
         head_dim=model.config.head_dim,
+        num_parts=model.config.num_kv_parts,
         block_size_tokens=config.block_size_tokens,
         dtype=dtype_name,
     )

@@ -12,17 +12,24 @@ _MAX_NAMES_SHOWN = 5
 
 
 def load(
-    model: nn.Module, weights: WeightSource, *, kernels: Kernels, device: torch.device
+    model: nn.Module,
+    weights: WeightSource,
+    *,
+    kernels: Kernels,
+    device: torch.device,
+    unused_tensors: tuple[str, ...] = (),
 ) -> None:
     """Read this rank's slices, convert them to the parameters' dtype, pack each module once.
 
     A module is packed before the next one is read, so that no more than one is held twice.
 
+    Tensors whose names begin with one of `unused_tensors` may be there, and are not read.
+
     Raises:
         CheckpointError: names or shapes differ from the model's; the model is unusable then.
     """
     modules = [module for module in model.modules() if isinstance(module, ShardedModule)]
-    _check_names(modules, weights)
+    _check_names(modules, weights, unused_tensors)
     _check_shapes(modules, weights)  # before anything is allocated: sizes are the file's
     for module in modules:
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -35,12 +42,16 @@ def load(
     assert not left, f"parameters without weights: {left}"
 
 
-def _check_names(modules: list[ShardedModule], weights: WeightSource) -> None:
+def _check_names(
+    modules: list[ShardedModule], weights: WeightSource, unused: tuple[str, ...]
+) -> None:
     """Both ways: what the model wants is there, and what is there is wanted by somebody."""
     wanted = {shard.tensor for module in modules for shard in module.shards}
     if missing := wanted - weights.names:
         raise CheckpointError(f"{weights.path} lacks {_shown(missing)}; fetch it again")
-    surplus = weights.names - wanted - {"lm_head.weight"}
+    surplus = {
+        name for name in weights.names - wanted - {"lm_head.weight"} if not name.startswith(unused)
+    }
     if surplus:
         raise CheckpointError(
             f"{weights.path} holds {_shown(surplus)}, which a model of this configuration does not "

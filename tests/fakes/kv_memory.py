@@ -59,7 +59,7 @@ class HostMemory:
     ) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
         """[T, R, X]: the bytes of tokens of the sequence that has these blocks."""
         layout = self.layout
-        num_rows = layout.num_layers * 2 * layout.num_kv_heads
+        num_rows = layout.num_layers * layout.num_parts * layout.num_kv_heads
         shape = (len(block_ids), num_rows, layout.block_size_tokens, -1)
         slots = self.rows()[list(block_ids)].reshape(shape).transpose(0, 2, 1, 3)
         return slots.reshape(-1, *slots.shape[2:])[first_token:end_token]

@@ -89,7 +89,13 @@ async def test_another_model_is_refused_with_both_sides_named() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"num_layers": 4}, {"block_size_tokens": 8}, {"dtype": "float16"}, {"num_kv_heads": 1}],
+    [
+        {"num_layers": 4},
+        {"block_size_tokens": 8},
+        {"dtype": "float16"},
+        {"num_kv_heads": 1},
+        {"num_parts": 1},
+    ],
     ids=str,
 )
 async def test_another_layout_is_refused(change) -> None:
@@ -103,7 +109,12 @@ async def test_another_protocol_version_is_refused() -> None:
         request = pb.HandshakeRequest(sender_id="p", model_digest="abc", protocol_version=2)
         request.layout.CopyFrom(
             pb.KvLayout(
-                num_layers=3, num_kv_heads=2, head_dim=8, block_size_tokens=4, dtype="bfloat16"
+                num_layers=3,
+                num_kv_heads=2,
+                head_dim=8,
+                block_size_tokens=4,
+                dtype="bfloat16",
+                num_parts=2,
             )
         )
         with pytest.raises(aio.AioRpcError, match=r"protocol 2.*but.*protocol 1") as failure:

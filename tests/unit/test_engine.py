@@ -163,7 +163,8 @@ def hand_over(prefill: ModelEngine, decode: ModelEngine, request: Request) -> li
     request_id, prompt = request.request_id, request.prompt_token_ids
     first = run(prefill, [request], PREFILL)[request_id]
     held = prefill.scheduler.sequence(request_id).block_ids
-    hashes = tuple(block_hashes(prompt, 16))
+    salt = prefill.model_config.rope_salt(len(prompt))
+    hashes = tuple(block_hashes(prompt, 16, salt=salt))
     outputs = decode.apply(5, Reserve(request_id, len(prompt), hashes))
     (reply,) = outputs
     assert isinstance(reply, Reply)

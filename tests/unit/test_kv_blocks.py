@@ -1,5 +1,7 @@
 """Tokens of a sequence as slots of blocks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,9 +29,10 @@ def test_ranges_cover_each_token_once(first_token: int, num_tokens: int) -> None
     assert all(part.remote_block_id == part.local_block_id + 50 for part in parts)
 
 
-def test_slots_are_the_tokens_of_the_layout() -> None:
-    layout = TINY_LAYOUT
-    with HostMemory(num_blocks=2).fill_randomly(3) as memory:
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_slots_are_the_tokens_of_the_layout(num_parts: int) -> None:
+    layout = replace(TINY_LAYOUT, num_parts=num_parts)
+    with HostMemory(num_blocks=2, layout=layout).fill_randomly(3) as memory:
         data = memory.host_bytes
         assert data is not None
         view_5d = np.frombuffer(data, np.uint16).reshape(2, *layout.block_shape)

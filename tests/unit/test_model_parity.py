@@ -47,6 +47,22 @@ EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 40,
     "shared_expert_intermediate_size": 56,
 }
+LATENT: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+}
 CASES = {
     "llama": Case("llama"),
     "llama-tied": Case("llama", {"tie_word_embeddings": True}),
@@ -141,6 +157,20 @@ CASES = {
     "qwen3-moe": Case("qwen3_moe", EXPERTS),
     "qwen3-moe-normalised": Case("qwen3_moe", {**EXPERTS, "norm_topk_prob": True,
                                                "attention_bias": True}),
+    "deepseek-v2": Case("deepseek_v2", LATENT),
+    "deepseek-v2-groups": Case("deepseek_v2", {
+        **LATENT, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+        "routed_scaling_factor": 1.7, "attention_bias": True, "mlp_bias": True}),
+    "deepseek-v2-lite": Case("deepseek_v2", {**LATENT, "q_lora_rank": None}),
+    "deepseek-v2-yarn": Case("deepseek_v2", {
+        **LATENT, **rope("yarn", factor=4.0, original_max_position_embeddings=128, mscale=0.707,
+                         mscale_all_dim=0.8)}),
+    "deepseek-v3": Case("deepseek_v3", LATENT),
+    "deepseek-v3-halves": Case("deepseek_v3", {**LATENT, "rope_interleave": False,
+                                               "norm_topk_prob": False, "attention_bias": True}),
+    "deepseek-v3-yarn": Case("deepseek_v3", {
+        **LATENT, **rope("yarn", factor=4.0, original_max_position_embeddings=128, mscale=1.0,
+                         mscale_all_dim=1.0)}),
 }  # fmt: skip
 
 
@@ -153,7 +183,13 @@ class TinyPool:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
-        shape = (config.num_layers, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
+        shape = (
+            config.num_layers,
+            config.num_kv_parts,
+            config.num_kv_heads,
+            BLOCK_SIZE,
+            config.head_dim,
+        )
         self.blocks_PLJGCA = torch.full((NUM_BLOCKS, *shape), torch.nan, dtype=dtype, device=device)
 
     def layer(self, index: int) -> torch.Tensor:
@@ -317,6 +353,7 @@ def test_logits_equal_those_of_transformers(case: Case, kernels: Kernels, tmp_pa
         "phi3-window",
         "olmo2",
         "mixtral",
+        "deepseek-v3",
     ],
 )
 def test_a_ragged_batch_equals_each_sequence_alone(
