@@ -93,6 +93,8 @@ class ExpertsForm:
     block: str = "mlp"
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     has_bias: bool = False
+    is_stacked: bool = False
+    """A directory holds all experts of a layer as one tensor (gpt-oss)."""
     router: RouterForm = field(default_factory=RouterForm)
     shared_size: int = 0
     """Features of the expert that every token visits; 0 is none."""

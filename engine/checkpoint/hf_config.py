@@ -25,7 +25,7 @@ def config_from_directory(path: Path) -> ModelConfig:
     """
     file = read_json(path / "config.json")
     family = _family(file)
-    _refuse_quantized(file)
+    _refuse_quantized(file, family)
     fields = file.with_defaults(family.defaults, family.aliases)
     hidden_size = fields.size("hidden_size")
     num_heads = fields.size("num_attention_heads")
@@ -79,9 +79,11 @@ def _family(fields: Fields) -> Family:
     )
 
 
-def _refuse_quantized(fields: Fields) -> None:
+def _refuse_quantized(fields: Fields, family: Family) -> None:
     quantization = fields.values.get("quantization_config")
-    if isinstance(quantization, dict):
+    if not isinstance(quantization, dict):
+        return
+    if quantization.get("quant_method") not in family.quantizations:
         raise CheckpointError(
             f"{fields.source}: the weights are quantised ({quantization.get('quant_method')!r}); "
             "use the unquantised checkpoint or a GGUF file"

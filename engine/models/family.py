@@ -33,6 +33,8 @@ class Family:
     has_partial_rotary: bool = False
     is_context_scaled: bool = False
     """max_position_embeddings counts what a scaling of the rotary embedding adds."""
+    quantizations: frozenset[str] = frozenset()
+    """Methods of `quantization_config` whose tensors can be read."""
     rope_aliases: Mapping[str, str] = field(default_factory=dict)
     """Scalings that this family's files name otherwise."""
 

@@ -5,6 +5,7 @@ from engine.models.deepseek_v3 import DEEPSEEK_V3
 from engine.models.family import Family
 from engine.models.gemma2 import GEMMA2
 from engine.models.gemma3 import GEMMA3
+from engine.models.gpt_oss import GPT_OSS
 from engine.models.granite import GRANITE
 from engine.models.llama import LLAMA
 from engine.models.mistral import MISTRAL
@@ -31,5 +32,6 @@ _FAMILIES = (
     QWEN3_MOE,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    GPT_OSS,
 )
 FAMILY_OF_ARCHITECTURE: dict[str, Family] = {family.architecture: family for family in _FAMILIES}

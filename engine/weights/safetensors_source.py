@@ -82,6 +82,15 @@ class SafetensorsSource:
         stop = view.get_shape()[dim] if length is None else start + length
         return view[start:stop] if dim == 0 else view[:, start:stop]
 
+    def read_bytes(self, name: str, index: int) -> torch.Tensor:
+        """Entry `index` of a tensor of bytes, whole."""
+        view = self._slice(name)
+        if view.get_dtype() != "U8":
+            raise CheckpointError(
+                f"{self.location(name)} is stored as {view.get_dtype()}, bytes are expected"
+            )
+        return view[index : index + 1][0]
+
     def _slice(self, name: str) -> _TensorSlice:
         return self._open_files[self._file_of[name]].get_slice(name)
 

@@ -9,6 +9,7 @@ import torch
 from engine.checkpoint.config import ModelConfig
 from engine.weights.gguf_source import GgufSource
 from engine.weights.safetensors_source import SafetensorsSource
+from engine.weights.stacked_experts import StackedExperts
 
 
 class WeightSource(Protocol):
@@ -36,5 +37,7 @@ def open_weights(path: Path, config: ModelConfig) -> AbstractContextManager[Weig
         CheckpointError: a file is missing, truncated or malformed.
     """
     if path.is_dir():
-        return SafetensorsSource(path)
+        source = SafetensorsSource(path)
+        experts = config.form.experts
+        return StackedExperts(source) if experts and experts.is_stacked else source
     return GgufSource(path, config)

@@ -65,7 +65,7 @@ def test_generation_config_names_the_end_tokens(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"architectures": ["GptOssForCausalLM"]}, "GptOss.*supported are LlamaForCausalLM"),
+        ({"architectures": ["MambaForCausalLM"]}, "Mamba.*supported are LlamaForCausalLM"),
         ({"architectures": None}, "supported are"),
         ({"hidden_size": None}, "has no hidden_size"),
         ({"hidden_size": "64"}, "hidden_size must be an integer"),

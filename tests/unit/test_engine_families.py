@@ -9,7 +9,7 @@ from tests.unit.test_engine import hand_over, make_prompts, make_request, run
 from tests.unit.test_model_parity import CASES
 
 PROMPTS = make_prompts([1, 16, 33, 100, 150], seed=3)
-FAMILIES = ("gemma3", "phi3-longrope-part-rotated", "olmo2", "mixtral", "deepseek-v3")
+FAMILIES = ("gemma3", "phi3-longrope-part-rotated", "olmo2", "mixtral", "deepseek-v3", "gpt-oss")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -25,6 +25,7 @@ def make_engine(request, tmp_path):
             device="cpu",
             kv_pool_bytes=1 << 24,
             max_num_sequences=8,
+            max_context_tokens=400,
             num_threads=1,
             **changes,
         )

@@ -63,6 +63,11 @@ LATENT: dict[str, Any] = {
     "head_dim": 8,
     "num_key_value_heads": 4,
 }
+SINKS: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 24,
+}
 CASES = {
     "llama": Case("llama"),
     "llama-tied": Case("llama", {"tie_word_embeddings": True}),
@@ -171,6 +176,9 @@ CASES = {
     "deepseek-v3-yarn": Case("deepseek_v3", {
         **LATENT, **rope("yarn", factor=4.0, original_max_position_embeddings=128, mscale=1.0,
                          mscale_all_dim=1.0)}),
+    "gpt-oss": Case("gpt_oss", SINKS),
+    "gpt-oss-yarn": Case("gpt_oss", {**SINKS, "attention_bias": False, **rope(
+        "yarn", factor=4.0, original_max_position_embeddings=128, truncate=False)}),
 }  # fmt: skip
 
 
@@ -354,6 +362,7 @@ def test_logits_equal_those_of_transformers(case: Case, kernels: Kernels, tmp_pa
         "olmo2",
         "mixtral",
         "deepseek-v3",
+        "gpt-oss",
     ],
 )
 def test_a_ragged_batch_equals_each_sequence_alone(
