@@ -20,8 +20,8 @@ from engine.parallel.linear import ColumnParallelLinear
 class MoeMlp(nn.Module):
     """The weighted sum of the experts that a router chose, and of a shared one.
 
-    Experts are split over `axes.ep`, the features of each over `axes.tp`. The collectives are those
-    of the dispatch, then one all-reduce over the tensor axis.
+    Experts are split over `axes.ep`, the features of each over `axes.expert_tp`. The collectives
+    are those of the dispatch, then one all-reduce over the tensor axis.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class MoeMlp(nn.Module):
                 has_bias=experts.has_bias,
                 gate_up_names=tuple(gate_up_names),
                 down_name=down_name,
-                axis=axes.tp,
+                axis=axes.expert_tp,
                 kernels=kernels,
                 is_reduced=False,
             )

@@ -39,11 +39,15 @@ class ExpertDispatch(Protocol):
         """
 
     def combine(self, y_RD: torch.Tensor, handle: Routed) -> torch.Tensor:
-        """y_TD: for each token the weighted sum of its experts' results, in y's dtype."""
+        """This rank's summand of y_TD, in y's dtype: the caller adds over the tensor axis.
+
+        y_TD is for each token the weighted sum of its experts' results; `y_RD` may itself be a
+        summand, of experts whose features are split.
+        """
 
 
 class ReplicatedDispatch:
-    """For tokens that stand on every rank of the axis: nothing moves, one all-reduce adds up.
+    """For an axis within one tensor group, whose ranks all hold the same tokens: nothing moves.
 
     A token's sum runs over its experts in the order of its router, whatever else is in the batch.
     """
@@ -51,7 +55,6 @@ class ReplicatedDispatch:
     def __init__(self, num_experts: int, axis: AxisGroup) -> None:
         self.num_local = axis.shard_size(num_experts, "the number of experts")
         self.first = axis.rank * self.num_local
-        self._axis = axis
 
     def dispatch(
         self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor
@@ -74,4 +77,4 @@ class ReplicatedDispatch:
         for index in range(num_chosen):
             part_TD = padded_RD[handle.row_TK[:, index]].float()
             sum_TD.addcmul_(part_TD, handle.weight_TK[:, index : index + 1])
-        return self._axis.all_reduce(sum_TD).to(y_RD.dtype)
+        return sum_TD.to(y_RD.dtype)

@@ -14,13 +14,6 @@ from engine.parallel.experts import ReplicatedDispatch
 NUM_EXPERTS, NUM_CHOSEN, SIZE = 6, 3, 5
 
 
-class OneOfSeveral(AxisGroup):
-    """A rank whose summand is looked at before it is added to the others'."""
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
 def routing(num_tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x_TD = torch.randn(num_tokens, SIZE, generator=generator)
@@ -52,7 +45,7 @@ def test_every_token_gets_the_weighted_sum_of_its_experts(num_tokens: int, num_r
             for x, ids, ws in zip(x_TD, expert_TK, weight_TK, strict=True)
         ]
     )
-    ranks = [OneOfSeveral(rank, num_ranks) for rank in range(num_ranks)]
+    ranks = [AxisGroup(rank, num_ranks) for rank in range(num_ranks)]
     actual = sum(through(axis, x_TD, expert_TK, weight_TK) for axis in ranks)
     torch.testing.assert_close(actual, expected)
 
@@ -60,7 +53,7 @@ def test_every_token_gets_the_weighted_sum_of_its_experts(num_tokens: int, num_r
 def test_a_rank_without_tokens_adds_nothing() -> None:
     x_TD, _, weight_TK = routing(4)
     expert_TK = torch.tensor([[0, 1, 2]]).expand(4, 3)
-    second = OneOfSeveral(1, 2)
+    second = AxisGroup(1, 2)
     assert torch.equal(through(second, x_TD, expert_TK, weight_TK), torch.zeros(4, SIZE))
 
 

@@ -427,7 +427,7 @@ FAMILY_NAMES = ("llama", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite"
 def test_half_precision_is_as_near_to_float32_as_that_of_transformers(
     name: str, dtype: str, tmp_path: Path
 ) -> None:
-    """In the median: where rounding turns a router to another expert, errors are of another kind."""
+    """In the median: where rounding sends a token to another expert, errors are of that kind."""
     case = CASES[name]
     overrides = {"initializer_range": 0.05, **case.overrides}
     path = tiny_checkpoint(tmp_path, case.family, dtype=dtype, **overrides)
