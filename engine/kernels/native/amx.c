@@ -24,68 +24,55 @@ INLINE void configure(int64_t rows) {
     _tile_loadconfig(&config);
 }
 
-/* Fetches the next panel and the lines of the output while a block of rows is multiplied, a few
- * lines a step, so that neither waits for memory when its turn comes. */
-typedef struct {
-    const char *panel, *panel_end;
-    int64_t panel_lines; /* a step */
-    char *out;
-    int64_t out_stride, out_rows;
-} fetch_ahead;
+/* What goes on beside the multiplications of a block, a little each step: see `beside_step`. */
+typedef struct beside beside;
+INLINE void beside_step(const int task, beside *work);
+enum { NOTHING = -1 };
 
-INLINE void fetch_step(fetch_ahead *ahead) {
-    for (int64_t i = 0; i < ahead->panel_lines && ahead->panel < ahead->panel_end; ++i) {
-        _mm_prefetch(ahead->panel, _MM_HINT_T1);
-        ahead->panel += 64;
-    }
-    for (int i = 0; i < 2 && ahead->out_rows > 0; ++i, --ahead->out_rows) {
-        __builtin_prefetch(ahead->out, 1);
-        ahead->out += ahead->out_stride;
-    }
-}
-
-/* c[rows][0..32) = a[rows][0..32 * steps) @ panel; strides in bytes. `configure(rows)` went before.
- * The sums run in the order of the inner dimension whatever `rows` is. `ahead` may be NULL. */
+/* c[rows][0..32) = a[rows][0..32 * steps) @ panel, or that added to c; strides in bytes.
+ * `configure(rows)` went before. The sums run in the order of the inner dimension whatever `rows`
+ * is. The rows are used once while the panel is used again: they pass the first-level cache by, so
+ * that the panel stays in it. */
 INLINE void tile_block(int64_t rows, const void *a, int64_t a_stride, const char *panel,
-                       int64_t steps, void *c, int64_t c_stride, fetch_ahead *ahead) {
+                       int64_t steps, int is_added, void *c, int64_t c_stride, const int task,
+                       beside *work) {
     const char *upper = a, *lower = upper + TILE_ROWS * a_stride;
-    char *out = c;
+    char *out = c, *lower_out = out + TILE_ROWS * c_stride;
+    int has_lower = rows > TILE_ROWS;
     _tile_zero(0);
     _tile_zero(1);
-    if (rows <= TILE_ROWS) {
-        for (int64_t step = 0; step < steps; ++step) {
-            _tile_loadd(4, upper, a_stride);
-            _tile_loadd(6, panel, 64);
-            _tile_loadd(7, panel + TILE_BYTES, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            upper += INNER_STEP * 2;
-            panel += PANEL_STEP_BYTES;
-        }
-        _tile_stored(0, out, c_stride);
-        _tile_stored(1, out + 64, c_stride);
-        return;
-    }
     _tile_zero(2);
     _tile_zero(3);
+    if (is_added) {
+        _tile_loadd(0, out, c_stride);
+        _tile_loadd(1, out + 64, c_stride);
+        if (has_lower) {
+            _tile_loadd(2, lower_out, c_stride);
+            _tile_loadd(3, lower_out + 64, c_stride);
+        }
+    }
     for (int64_t step = 0; step < steps; ++step) {
-        if (ahead) fetch_step(ahead);
-        _tile_loadd(4, upper, a_stride);
+        if (task != NOTHING) beside_step(task, work);
+        _tile_stream_loadd(4, upper, a_stride);
         _tile_loadd(6, panel, 64);
         _tile_loadd(7, panel + TILE_BYTES, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, lower, a_stride);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if (has_lower) {
+            _tile_stream_loadd(5, lower, a_stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
         upper += INNER_STEP * 2;
         lower += INNER_STEP * 2;
         panel += PANEL_STEP_BYTES;
     }
     _tile_stored(0, out, c_stride);
     _tile_stored(1, out + 64, c_stride);
-    _tile_stored(2, out + TILE_ROWS * c_stride, c_stride);
-    _tile_stored(3, out + TILE_ROWS * c_stride + 64, c_stride);
+    if (has_lower) {
+        _tile_stored(2, lower_out, c_stride);
+        _tile_stored(3, lower_out + 64, c_stride);
+    }
 }
 
 /* ---- linear */
@@ -99,47 +86,37 @@ INLINE __m512 with_bias(__m512 v, __mmask16 wanted, const float *bias) {
     return bias ? _mm512_add_ps(v, _mm512_maskz_loadu_ps(wanted, bias)) : v;
 }
 
-INLINE void store_block(const linear_job *job, int64_t row, int64_t rows, int64_t feature,
-                        const float *c) {
+/* What becomes of a row's 32 sums. The output of a gated layer takes silu(gate) first and is then
+ * multiplied by up; all is rounded as the separate kernels round. */
+enum task { STORE = 0, STORE_SILU, MULTIPLY };
+
+INLINE void finish_row(const int task, const linear_job *job, int64_t row, int64_t feature,
+                       const float *c) {
     int64_t count = min_i64(job->num_out - feature, PANEL);
     __mmask32 wanted = count == PANEL ? ~(__mmask32)0 : ((__mmask32)1 << count) - 1;
     __mmask16 first = (__mmask16)wanted, second = (__mmask16)(wanted >> 16);
-    const float *bias = bias_at(job, feature);
-    for (int64_t i = 0; i < rows; ++i, c += PANEL) {
-        __m512 low = with_bias(_mm512_load_ps(c), first, bias);
-        __m512 high = with_bias(_mm512_load_ps(c + 16), second, bias ? bias + 16 : NULL);
-        int64_t at = (row + i) * job->out_stride + feature;
-        if (job->out_f32) {
-            float *out = (float *)job->out + at;
-            _mm512_mask_storeu_ps(out, first, low);
-            _mm512_mask_storeu_ps(out + 16, second, high);
+    const float *bias = bias_at(job, task == MULTIPLY ? job->num_out + feature : feature);
+    __m512 low = with_bias(_mm512_load_ps(c), first, bias);
+    __m512 high = with_bias(_mm512_load_ps(c + 16), second, bias ? bias + 16 : NULL);
+    int64_t at = row * job->out_stride + feature;
+    if (task == STORE && job->out_f32) {
+        float *out = (float *)job->out + at;
+        _mm512_mask_storeu_ps(out, first, low);
+        _mm512_mask_storeu_ps(out + 16, second, high);
+        return;
+    }
+    uint16_t *out = (uint16_t *)job->out + at;
+    if (task != STORE) { /* all 32 are real: isthmus_has_gated */
+        vf a = round_any(DTYPE_BF16, (vf)low), b = round_any(DTYPE_BF16, (vf)high);
+        if (task == STORE_SILU) {
+            low = (__m512)silu_any(DTYPE_BF16, a);
+            high = (__m512)silu_any(DTYPE_BF16, b);
         } else {
-            _mm512_mask_storeu_epi16((uint16_t *)job->out + at, wanted,
-                                     (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            low = (__m512)(a * load_any(DTYPE_BF16, out, 0, LANES));
+            high = (__m512)(b * load_any(DTYPE_BF16, out, LANES, LANES));
         }
     }
-}
-
-/* silu(gate) * up, rounded after each operation as the separate kernels would. */
-INLINE __m256bh gated(const float *gate, const float *up, const float *gate_bias,
-                      const float *up_bias) {
-    vf g = (vf)with_bias(_mm512_load_ps(gate), 0xffff, gate_bias);
-    vf u = (vf)with_bias(_mm512_load_ps(up), 0xffff, up_bias);
-    vf silu = silu_any(DTYPE_BF16, round_any(DTYPE_BF16, g));
-    return _mm512_cvtneps_pbh((__m512)(round_any(DTYPE_BF16, silu) * round_any(DTYPE_BF16, u)));
-}
-
-INLINE void store_gated_block(const linear_job *job, int64_t row, int64_t rows, int64_t feature,
-                              const float *gate, const float *up) {
-    const float *gate_bias = bias_at(job, feature), *up_bias = bias_at(job, job->num_out + feature);
-    for (int64_t i = 0; i < rows; ++i, gate += PANEL, up += PANEL) {
-        uint16_t *out = (uint16_t *)job->out + (row + i) * job->out_stride + feature;
-        for (int half = 0; half < PANEL; half += 16)
-            _mm256_storeu_si256((__m256i *)(out + half),
-                                (__m256i)gated(gate + half, up + half,
-                                               gate_bias ? gate_bias + half : NULL,
-                                               up_bias ? up_bias + half : NULL));
-    }
+    _mm512_mask_storeu_epi16(out, wanted, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
 /* Few rows: the weights are read once, straight from memory, some distance ahead of their use.
@@ -163,61 +140,110 @@ INLINE void few_panel(const linear_job *job, const char *panel, const char *last
     _tile_stored(1, c + 16, PANEL * 4);
 }
 
-INLINE void linear_few(const linear_job *job, int64_t begin, int64_t end) {
+INLINE void few_panels(const int task, const linear_job *job, const char *packed, int64_t begin,
+                       int64_t end) {
     int64_t panel_bytes = job->inner * PANEL * 2;
-    const char *packed = job->packed;
-    _Alignas(64) float c[TILE_ROWS * PANEL], up[TILE_ROWS * PANEL];
-    configure(job->num_rows);
+    _Alignas(64) float c[TILE_ROWS * PANEL];
     for (int64_t item = begin; item < end; ++item) {
         few_panel(job, packed + item * panel_bytes, packed + end * panel_bytes, c);
-        if (job->is_gated) {
-            const char *ups = packed + job->num_panels * panel_bytes;
-            few_panel(job, ups + item * panel_bytes, ups + end * panel_bytes, up);
-            store_gated_block(job, 0, job->num_rows, item * PANEL, c, up);
-        } else {
-            store_block(job, 0, job->num_rows, item * PANEL, c);
-        }
+        for (int64_t row = 0; row < job->num_rows; ++row)
+            finish_row(task, job, row, item * PANEL, c + row * PANEL);
+    }
+}
+
+INLINE void linear_few(const linear_job *job, int64_t begin, int64_t end) {
+    const char *packed = job->packed, *ups = packed + job->num_panels * job->inner * PANEL * 2;
+    configure(job->num_rows);
+    if (job->is_gated) {
+        few_panels(STORE_SILU, job, packed, begin, end);
+        few_panels(MULTIPLY, job, ups, begin, end);
+    } else {
+        few_panels(STORE, job, packed, begin, end);
     }
     _tile_release();
 }
 
-/* Many rows: a panel stays in the first-level caches while the rows of the range pass by. */
+/* Beside the multiplications of a block, which leave the vector units idle, the block before goes
+ * to the output, and the panel after this one into the second-level cache. */
+struct beside {
+    const linear_job *job;
+    const float *c;
+    int64_t row, end_row, rows_a_step, feature; /* of the block before */
+    const char *next, *next_end;                /* the panel after this one */
+    int64_t lines_a_step;
+};
+
+INLINE void finish_rows(const int task, beside *work, int64_t count) {
+    for (; count > 0 && work->row < work->end_row; --count, ++work->row, work->c += PANEL)
+        finish_row(task, work->job, work->row, work->feature, work->c);
+}
+
+INLINE void beside_step(const int task, beside *work) {
+    for (int64_t i = 0; i < work->lines_a_step && work->next < work->next_end; ++i) {
+        _mm_prefetch(work->next, _MM_HINT_T1);
+        work->next += 64;
+    }
+    finish_rows(task, work, work->rows_a_step);
+}
+
+/* Steps of a panel that stay in a first-level cache of 48 KiB, beside sums and output, while rows
+ * pass by. A longer panel is cut into such parts, and the sums wait in memory in between. */
+enum { PART_STEPS = 20 };
+
+INLINE void pass_panel(const int task, const linear_job *job, const char *panel, int64_t first_row,
+                       int64_t last_row, int64_t feature, const char *next, const char *next_end,
+                       float *sums) {
+    int64_t steps = job->inner / INNER_STEP, num_parts = (steps + PART_STEPS - 1) / PART_STEPS;
+    int64_t num_blocks = (last_row - first_row + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    beside work = {
+        .job = job,
+        .feature = feature,
+        .next = next,
+        .next_end = next_end,
+        .lines_a_step = (PANEL_STEP_BYTES / 64 + num_blocks - 1) / num_blocks,
+    };
+    int64_t configured = 0;
+    for (int64_t part = 0; part < num_parts; ++part) {
+        int64_t first = steps * part / num_parts, part_steps = steps * (part + 1) / num_parts - first;
+        int is_last = part + 1 == num_parts;
+        work.rows_a_step = (BLOCK_ROWS + part_steps - 1) / part_steps;
+        for (int64_t block = 0; block < num_blocks; ++block) {
+            int64_t row = first_row + block * BLOCK_ROWS;
+            int64_t rows = min_i64(BLOCK_ROWS, last_row - row);
+            if (rows != configured) configure(configured = rows);
+            const uint16_t *x = (const uint16_t *)job->x + row * job->x_stride + first * INNER_STEP;
+            float *c = sums + (num_parts > 1 ? block : block % 2) * BLOCK_ROWS * PANEL;
+            tile_block(rows, x, job->x_stride * 2, panel + first * PANEL_STEP_BYTES, part_steps,
+                       part > 0, c, PANEL * 4, task, &work);
+            if (!is_last) continue;
+            finish_rows(task, &work, BLOCK_ROWS);
+            work.c = c;
+            work.row = row;
+            work.end_row = row + rows;
+        }
+    }
+    finish_rows(task, &work, BLOCK_ROWS);
+}
+
+/* Many rows: a panel stays in the first-level cache while the rows of the range pass by. */
 INLINE void linear_many(const linear_job *job, int64_t begin, int64_t end) {
-    int64_t steps = job->inner / INNER_STEP, panel_bytes = steps * PANEL_STEP_BYTES;
-    int64_t width = job->out_f32 ? 4 : 2;
-    const char *packed = job->packed, *ups = packed + job->num_panels * panel_bytes;
-    _Alignas(64) float c[BLOCK_ROWS * PANEL], up[BLOCK_ROWS * PANEL];
+    int64_t panel_bytes = job->inner * PANEL * 2, half = job->num_panels * panel_bytes;
+    const char *packed = job->packed;
+    int64_t num_sums = (job->rows_per_range + BLOCK_ROWS) * PANEL;
+    float *sums = isthmus_scratch(SCRATCH_KERNEL, (size_t)num_sums * 4);
     for (int64_t item = begin; item < end; ++item) {
         int64_t range = item / job->num_panels, index = item % job->num_panels;
         int64_t row = range * job->rows_per_range;
         int64_t last_row = min_i64(row + job->rows_per_range, job->num_rows);
-        int64_t num_blocks = (last_row - row + BLOCK_ROWS - 1) / BLOCK_ROWS;
-        int64_t next = index + (item + 1 < end ? 1 : job->num_threads);
-        fetch_ahead ahead = {
-            .panel = packed + panel_bytes * next,
-            .panel_end = ups,
-            .panel_lines = (PANEL_STEP_BYTES / 64 + num_blocks - 1) / num_blocks,
-            .out_stride = job->out_stride * width,
-        };
-        fetch_ahead ups_ahead = ahead;
-        ups_ahead.panel += job->num_panels * panel_bytes;
-        ups_ahead.panel_end += job->num_panels * panel_bytes;
-        int64_t configured = 0;
-        for (; row < last_row; row += BLOCK_ROWS) {
-            int64_t rows = min_i64(BLOCK_ROWS, last_row - row);
-            if (rows != configured) configure(configured = rows);
-            const uint16_t *x = (const uint16_t *)job->x + row * job->x_stride;
-            ahead.out = (char *)job->out + (row * job->out_stride + index * PANEL) * width;
-            ahead.out_rows = rows;
-            tile_block(rows, x, job->x_stride * 2, packed + index * panel_bytes, steps, c,
-                       PANEL * 4, &ahead);
-            if (job->is_gated) {
-                tile_block(rows, x, job->x_stride * 2, ups + index * panel_bytes, steps, up,
-                           PANEL * 4, &ups_ahead);
-                store_gated_block(job, row, rows, index * PANEL, c, up);
-            } else {
-                store_block(job, row, rows, index * PANEL, c);
-            }
+        const char *panel = packed + index * panel_bytes, *end_panel = packed + half;
+        const char *next = panel + (item + 1 < end ? 1 : job->num_threads) * panel_bytes;
+        if (job->is_gated) {
+            pass_panel(STORE_SILU, job, panel, row, last_row, index * PANEL, panel + half,
+                       panel + half + panel_bytes, sums);
+            pass_panel(MULTIPLY, job, panel + half, row, last_row, index * PANEL, next, end_panel,
+                       sums);
+        } else {
+            pass_panel(STORE, job, panel, row, last_row, index * PANEL, next, end_panel, sums);
         }
     }
     _tile_release();
@@ -393,7 +419,7 @@ INLINE void multiply_scores(unit_memory *memory, int64_t row, int64_t rows, int6
     configure(rows);
     for (int64_t key = first; key < end; key += PANEL)
         tile_block(rows, memory->q + row * dim, dim * 2, (const char *)(memory->keys + key * dim),
-                   dim / INNER_STEP, memory->scores + key, SCORE_STRIDE * 4, NULL);
+                   dim / INNER_STEP, 0, memory->scores + key, SCORE_STRIDE * 4, NOTHING, NULL);
 }
 
 INLINE void multiply_values(unit_memory *memory, int64_t row, int64_t rows, int64_t first,
@@ -403,7 +429,7 @@ INLINE void multiply_values(unit_memory *memory, int64_t row, int64_t rows, int6
     for (int64_t i = 0; i < dim; i += PANEL)
         tile_block(rows, memory->weights + first, WEIGHT_STRIDE * 2,
                    (const char *)(memory->values + i * KEY_CHUNK + first * PANEL),
-                   (end - first) / 32, memory->product + i, dim * 4, NULL);
+                   (end - first) / 32, 0, memory->product + i, dim * 4, NOTHING, NULL);
 }
 
 INLINE void finish_unit(void) { _tile_release(); }

@@ -153,10 +153,11 @@ EXPORT void isthmus_linear(int dtype, const void *x, int64_t x_stride, const voi
         job.x = padded;
     }
     /* A range of rows stays in the second-level cache while all panels pass. */
-    enum { RANGE_BYTES = 640 << 10 };
-    job.rows_per_range = RANGE_BYTES / (job.inner * (dtype == DTYPE_F32 ? 4 : 2)) / 32 * 32;
-    if (job.rows_per_range < 64) job.rows_per_range = 64;
-    int64_t num_ranges = (num_rows + job.rows_per_range - 1) / job.rows_per_range;
+    enum { RANGE_BYTES = 1 << 20 };
+    int64_t most_rows = RANGE_BYTES / (job.inner * (dtype == DTYPE_F32 ? 4 : 2)) / 32 * 32;
+    if (most_rows < 64) most_rows = 64;
+    int64_t num_ranges = (num_rows + most_rows - 1) / most_rows;
+    job.rows_per_range = round_up((num_rows + num_ranges - 1) / num_ranges, 32);
     isthmus_run(kernels->linear[dtype], &job, num_ranges * job.num_panels, num_threads, 1);
 }
 
