@@ -49,6 +49,7 @@ class Attention(nn.Module):
         self.output = RowParallelLinear(
             config.num_heads * config.head_dim,
             config.hidden_size,
+            span=self.qkv.q_span,
             name=f"{name}.o_proj",
             has_bias=form.output_bias,
             axis=axis,
@@ -62,18 +63,22 @@ class Attention(nn.Module):
         if form.qk_norm == "full":
             widths = (config.num_heads, config.num_kv_heads)
             spans = (self.qkv.q_span, self.qkv.k_span)
+            copies = (0, self.qkv.split.copy)
             self.full_norms = nn.ModuleList(
                 HeadsNorm(
                     num_heads * config.head_dim,
                     span,
                     config,
                     name=f"{name}.{part}_norm",
+                    is_counted=copy == 0,
                     axis=axis,
                     kernels=kernels,
                 )
-                for part, num_heads, span in zip("qk", widths, spans, strict=True)
+                for part, num_heads, span, copy in zip("qk", widths, spans, copies, strict=True)
             )
-        self.sinks = Sinks(config.num_heads, name=name, axis=axis) if form.has_sinks else None
+        self.sinks = (
+            Sinks(config.num_heads, self.qkv.split.heads, name=name) if form.has_sinks else None
+        )
 
     def forward(
         self,
@@ -112,9 +117,7 @@ class Attention(nn.Module):
     def _normalize(self, qkv_TF: torch.Tensor) -> None:
         assert self.full_norms is not None
         start = 0
-        for norm, (_, length) in zip(
-            self.full_norms, (self.qkv.q_span, self.qkv.k_span), strict=True
-        ):
-            part_TF = qkv_TF[:, start : start + length]
+        for norm, span in zip(self.full_norms, (self.qkv.q_span, self.qkv.k_span), strict=True):
+            part_TF = qkv_TF[:, start : start + len(span)]
             part_TF.copy_(norm(part_TF))
-            start += length
+            start += len(span)

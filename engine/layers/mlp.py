@@ -9,7 +9,7 @@ from torch import nn
 from engine.checkpoint.config import ModelConfig
 from engine.kernels.interface import Kernels
 from engine.parallel.axes import AxisGroup
-from engine.parallel.linear import GateUpLinear, RowParallelLinear
+from engine.parallel.linear import GateUpLinear, RowParallelLinear, feature_spans
 
 
 class Mlp(nn.Module):
@@ -45,6 +45,7 @@ class Mlp(nn.Module):
         self.down = RowParallelLinear(
             intermediate_size,
             config.hidden_size,
+            span=feature_spans(intermediate_size, axis)[axis.rank],
             name=f"{name}.{down_name}",
             has_bias=has_bias,
             axis=axis,

@@ -20,23 +20,21 @@ class NormWeight(ShardedModule):
 
     weight_D: torch.Tensor
 
-    def __init__(
-        self, size: int, *, name: str, form: NormForm, span: tuple[int, int] | None = None
-    ) -> None:
-        start, length = span or (0, size)
+    def __init__(self, size: int, *, name: str, form: NormForm, span: range | None = None) -> None:
+        span = span or range(size)
         super().__init__(
             (
                 ShardSpec(
                     tensor=f"{name}.weight",
                     full_shape=(size,),
                     parameter="weight_D",
-                    start=start,
-                    length=length,
+                    start=span.start,
+                    length=len(span),
                 ),
             )
         )
         self._offset = form.offset
-        self._declare("weight_D", length, dtype=torch.float32 if form.is_wide else None)
+        self._declare("weight_D", len(span), dtype=torch.float32 if form.is_wide else None)
 
     def pack(self, kernels: Kernels) -> None:
         if self._offset:
@@ -70,22 +68,24 @@ class RmsNorm(NormWeight):
 class HeadsNorm(NormWeight):
     """Normalises all heads of a token together, while they are split over the tensor axis.
 
-    `span` is this rank's features, (start, length). One all-reduce of a number a token, where the
-    axis has more than one rank. Where heads stand on several ranks, each must stand on as many:
-    the mean is that of all ranks' features.
+    `span` is this rank's features. One all-reduce of a number a token, where the axis has more
+    than one rank. Where the same heads stand on several ranks, `is_counted` is true on one.
     """
 
     def __init__(
         self,
         size: int,
-        span: tuple[int, int],
+        span: range,
         config: ModelConfig,
         *,
         name: str,
+        is_counted: bool,
         axis: AxisGroup,
         kernels: Kernels,
     ) -> None:
         super().__init__(size, name=name, form=config.form.norm, span=span)
+        self._size = size
+        self._is_counted = is_counted
         self._eps = config.rms_norm_eps
         self._axis = axis
         self._kernels = kernels
@@ -94,6 +94,6 @@ class HeadsNorm(NormWeight):
         if self._axis.size == 1:
             return self._kernels.rms_norm(x_TF, self.weight_D, self._eps)
         wide_TF = x_TF.float()
-        square_T1 = self._axis.all_reduce(wide_TF.pow(2).sum(-1, keepdim=True))
-        scale_T1 = torch.rsqrt(square_T1 / (x_TF.shape[1] * self._axis.size) + self._eps)
+        square_T1 = wide_TF.pow(2).sum(-1, keepdim=True) * self._is_counted
+        scale_T1 = torch.rsqrt(self._axis.all_reduce(square_T1) / self._size + self._eps)
         return (self.weight_D * (wide_TF * scale_T1)).to(x_TF.dtype)

@@ -12,10 +12,13 @@ from engine.kernels.interface import Kernels
 from engine.layers.rope import RotaryEmbedding
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import ParallelAxes
-from engine.weights.loader import load
+from engine.weights.loader import load, tensors_of
 from engine.weights.source import WeightSource, open_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_ROWS_COMPARED = 4096
+"""At a time, of an embedding and an LM head that may be the same."""
 
 
 def resolve_dtype(dtype: str, config: ModelConfig) -> torch.dtype:
@@ -72,8 +75,11 @@ def load_model(
         device: where the weights go.
         axes: this rank's place; None is one rank alone.
 
+    Every rank checks all of the checkpoint's names and shapes, and reads its own slices only.
+
     Raises:
         CheckpointError: a file is missing, truncated, or does not fit the configuration.
+        ValueError: the axes have more ranks than the model can be split over.
     """
     config = read_config(path)
     with open_weights(path, config) as weights:
@@ -86,20 +92,21 @@ def load_model(
                 f"{path}: the configuration has {num_parts} layers and experts, the weights hold "
                 f"only {len(weights.names)} tensors"
             )
-        target = torch.device(device)
+        target, weight_dtype = torch.device(device), resolve_dtype(dtype, config)
+
+        def on_ranks(axes: ParallelAxes) -> CausalLM:
+            return build(config, axes=axes, kernels=kernels, dtype=weight_dtype, device=target)
+
+        single = ParallelAxes.single()
         try:
-            model = build(
-                config,
-                axes=axes or ParallelAxes.single(),
-                kernels=kernels,
-                dtype=resolve_dtype(dtype, config),
-                device=target,
-            )
+            whole = on_ranks(single)
+            model = whole if axes in (None, single) else on_ranks(axes)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         load(
             model,
             weights,
+            tensors_of(whole),
             kernels=kernels,
             device=target,
             unused_tensors=config.unused_tensors,
@@ -111,5 +118,13 @@ def _is_tied(config: ModelConfig, weights: WeightSource) -> bool:
     """A checkpoint that holds an LM head unlike its embedding is not tied, whatever it says."""
     if not config.tie_word_embeddings or "lm_head.weight" not in weights.names:
         return config.tie_word_embeddings
-    embedding = weights.read("model.embed_tokens.weight")
-    return torch.equal(embedding, weights.read("lm_head.weight"))
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    num_rows, *others = {weights.shape(name)[0] for name in names}
+    if others:
+        return False
+    for start in range(0, num_rows, _ROWS_COMPARED):
+        length = min(_ROWS_COMPARED, num_rows - start)
+        embedding, head = (weights.read(name, 0, start, length) for name in names)
+        if not torch.equal(embedding, head):
+            return False
+    return True

@@ -10,13 +10,17 @@ import torch
 from torch import nn
 
 from engine.checkpoint.config import ModelConfig
-from engine.kernels.interface import Kernels
+from engine.kernels.interface import HeadShape, Kernels
 from engine.kv_cache.batch import StepBatch
 from engine.layers.norm import RmsNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.models.decoder_layer import DecoderLayer
 from engine.parallel.axes import ParallelAxes
+from engine.parallel.heads import head_split
+from engine.parallel.stages import stage_layers
 from engine.parallel.vocabulary import LmHead, VocabParallelEmbedding
+
+_EMBEDDING = "model.embed_tokens"
 
 
 class KvLayers(Protocol):
@@ -27,7 +31,7 @@ class KvLayers(Protocol):
 
 
 class CausalLM(nn.Module):
-    """Embedding, layers, final norm and LM head of one rank.
+    """What stands on one rank: layers, the embedding on the first stage, the LM head on the last.
 
     `engine.models.build` makes it; its parameters are filled by `engine.weights.load`.
     """
@@ -44,49 +48,77 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = kernels
+        self.dtype = torch.get_default_dtype()
+        """Of the residual; most parameters are packed away."""
         self._rope = rope
         self._local_rope = local_rope
-        size = config.hidden_size
-        self.embedding = VocabParallelEmbedding(
-            config.vocab_size, size, name="model.embed_tokens", axis=axes.tp
-        )
+        heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
+        self.kv_heads = head_split(heads, axes.tp.size, axes.tp.rank).kv_heads
+        """This rank's KV heads, counted over the whole model."""
+        self.stage_layers = stage_layers(config, axes.pp.size, axes.pp.rank)
+        """This rank's layers, counted over the whole model."""
+        self.is_first_stage = axes.pp.rank == 0
+        self.is_last_stage = axes.pp.rank == axes.pp.size - 1
+        self.embedding: VocabParallelEmbedding | None = None
+        if self.is_first_stage:
+            self.embedding = VocabParallelEmbedding(
+                config.vocab_size, config.hidden_size, name=_EMBEDDING, axis=axes.tp
+            )
         self._sequence = tuple(
-            DecoderLayer(config, index, axes=axes, kernels=kernels)
-            for index in range(config.num_layers)
+            DecoderLayer(config, index, axes=axes, kernels=kernels) for index in self.stage_layers
         )
         self.layers = nn.ModuleList(self._sequence)
-        self.norm = RmsNorm(size, config, name="model.norm", kernels=kernels)
-        self.lm_head = LmHead(
-            config.vocab_size,
-            size,
-            name="lm_head",
-            tied_to=self.embedding if config.tie_word_embeddings else None,
-            axis=axes.tp,
-            kernels=kernels,
-        )
+        self.norm: RmsNorm | None = None
+        self.lm_head: LmHead | None = None
+        if self.is_last_stage:
+            self.norm = RmsNorm(config.hidden_size, config, name="model.norm", kernels=kernels)
+            self.lm_head = LmHead(
+                config.vocab_size,
+                config.hidden_size,
+                name=_EMBEDDING if config.tie_word_embeddings else "lm_head",
+                tied_to=self.embedding if config.tie_word_embeddings else None,
+                axis=axes.tp,
+                kernels=kernels,
+            )
 
     @torch.inference_mode()
-    def forward(self, batch: StepBatch, kv_pool: KvLayers) -> torch.Tensor:
-        """Run one step: write the step's keys and values to the pool, return hidden_TD.
+    def forward(
+        self, batch: StepBatch, kv_pool: KvLayers, residual_TD: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run one step on this stage, and write the step's keys and values to the pool.
 
         Calls `kernels.begin_step`. Every rank of the tensor axis must call it with the same batch;
-        the collectives are those of `DecoderLayer`, layer after layer.
+        the collectives are one all-reduce after the embedding and those of `DecoderLayer`, layer
+        after layer.
+
+        Args:
+            batch: the same on all stages; only the first looks at its token ids.
+            kv_pool: of this rank's layers.
+            residual_TD: what the stage before returned; it is changed in place. None on the first.
+
+        Returns:
+            On the last stage hidden_TD for `logits`; on others residual_TD for the stage after.
         """
         self.kernels.begin_step(batch)
         tables = self._rope.tables(batch)
         local_tables = tables if self._local_rope is None else self._local_rope.tables(batch)
-        residual_TD = self._embed(batch.token_T)
+        if self.embedding is not None:
+            residual_TD = self._scaled(self.embedding(batch.token_T))
+        assert residual_TD is not None, "the stage before hands its residual on"
         added_TD: torch.Tensor | None = None
         for index, layer in enumerate(self._sequence):
             cos_TA, sin_TA = local_tables if layer.has_local_rope else tables
             kv_PJGCA = kv_pool.layer(index)
             added_TD = layer(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA, batch)
-        assert added_TD is not None, "a model has layers"
+        assert added_TD is not None, "a stage has layers"
+        if self.norm is None:
+            return residual_TD.add_(added_TD)
         return self.norm.add(added_TD, residual_TD)
 
     @torch.inference_mode()
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
-        """logits_BV in float32 of the hidden states that tokens are drawn from."""
+        """logits_BV in float32 of the hidden states that tokens are drawn from; last stage only."""
+        assert self.lm_head is not None, "the last stage has the LM head"
         logits_BV: torch.Tensor = self.lm_head(hidden_BD)
         form = self.config.form
         if form.logit_scale != 1.0:
@@ -95,9 +127,8 @@ class CausalLM(nn.Module):
             logits_BV = logits_BV.div_(form.logit_cap).tanh_().mul_(form.logit_cap)
         return logits_BV
 
-    def _embed(self, token_T: torch.Tensor) -> torch.Tensor:
-        """The embedding, scaled by a factor of the weights' own precision, as Gemma was trained."""
-        x_TD: torch.Tensor = self.embedding(token_T)
+    def _scaled(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Times a factor of the weights' own precision, as Gemma was trained."""
         if self.config.form.embedding_scale != 1.0:
             x_TD *= torch.tensor(self.config.form.embedding_scale, dtype=x_TD.dtype).item()
         return x_TD

@@ -9,7 +9,9 @@ import torch
 from engine.checkpoint.form import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
 from engine.kernels.interface import HeadShape, Kernels, PackedLinear
 from engine.parallel.axes import AxisGroup
+from engine.parallel.heads import head_split
 from engine.parallel.shard import ShardedModule, ShardSpec
+from engine.parallel.spread import ALIGNMENT, spread
 
 
 class ParallelLinear(ShardedModule):
@@ -88,36 +90,37 @@ def _parts_of(names: tuple[str, ...], sizes: tuple[int, ...]) -> tuple[tuple[str
     return tuple((name, size, 0) for name, size in zip(names, sizes, strict=True))
 
 
+def feature_spans(size: int, axis: AxisGroup) -> tuple[range, ...]:
+    """Each rank's features of a feed-forward block."""
+    return spread(size, axis.size, alignment=ALIGNMENT, what="intermediate_size")
+
+
 class ColumnParallelLinear(ParallelLinear):
-    """y_TF = x_TD @ weight_FD.T, with F split over the axis; on an axis of one rank, all of it."""
+    """y_TF = x_TD @ weight_FD.T, with F split over an axis: `span` is this rank's F."""
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         *,
+        span: range,
         name: str,
         has_bias: bool,
-        axis: AxisGroup,
         kernels: Kernels,
     ) -> None:
-        local = axis.shard_size(out_features, "out_features")
         shards = row_shards(
             name,
             out_features,
             in_features,
-            start=axis.rank * local,
-            length=local,
+            start=span.start,
+            length=len(span),
             has_bias=has_bias,
         )
-        super().__init__(in_features, local, shards, has_bias=has_bias, kernels=kernels)
+        super().__init__(in_features, len(span), shards, has_bias=has_bias, kernels=kernels)
 
 
 class QkvParallelLinear(ParallelLinear):
-    """Query, key and value projections in one product; heads split over the axis.
-
-    Where the axis has more ranks than there are KV heads, each KV head stands on several ranks.
-    """
+    """Query, key and value projections in one product; heads split as `head_split` says."""
 
     def __init__(
         self,
@@ -129,40 +132,30 @@ class QkvParallelLinear(ParallelLinear):
         axis: AxisGroup,
         kernels: Kernels,
     ) -> None:
-        local_heads = axis.shard_size(heads.num_heads, "num_heads")
-        if heads.num_kv_heads >= axis.size:
-            local_kv_heads = axis.shard_size(heads.num_kv_heads, "num_kv_heads")
-        else:
-            AxisGroup(size=heads.num_kv_heads).shard_size(axis.size, "the axis size")
-            local_kv_heads = 1
-        first_kv_head = axis.rank * heads.num_kv_heads // axis.size
-        self_heads = HeadShape(local_heads, local_kv_heads, heads.head_dim)
-        spans = (
-            (heads.num_heads, axis.rank * local_heads, local_heads),
-            (heads.num_kv_heads, first_kv_head, local_kv_heads),
-            (heads.num_kv_heads, first_kv_head, local_kv_heads),
-        )
+        split = head_split(heads, axis.size, axis.rank)
+        full_counts = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
+        own = (split.heads, split.kv_heads, split.kv_heads)
+        spans = [range(part.start * heads.head_dim, part.stop * heads.head_dim) for part in own]
         shards: list[ShardSpec] = []
         offset = 0
-        parts = _parts_of(names, tuple(full * heads.head_dim for full, _, _ in spans))
-        for (name, num_rows, first), (_, start, length) in zip(parts, spans, strict=True):
+        parts = _parts_of(names, tuple(count * heads.head_dim for count in full_counts))
+        for (name, num_rows, first), span in zip(parts, spans, strict=True):
             shards += row_shards(
                 name,
                 num_rows,
                 hidden_size,
-                start=first + start * heads.head_dim,
-                length=length * heads.head_dim,
+                start=first + span.start,
+                length=len(span),
                 offset=offset,
                 has_bias=has_bias,
             )
-            offset += length * heads.head_dim
+            offset += len(span)
         super().__init__(hidden_size, offset, tuple(shards), has_bias=has_bias, kernels=kernels)
-        self.heads = self_heads
+        self.split = split
+        self.heads = HeadShape(len(split.heads), len(split.kv_heads), heads.head_dim)
         """Of this rank."""
-        self.q_span, self.k_span, _ = (
-            (start * heads.head_dim, length * heads.head_dim) for _, start, length in spans
-        )
-        """This rank's features of all queries and of all keys: (start, length)."""
+        self.q_span, self.k_span, _ = spans
+        """This rank's features of all queries and of all keys."""
 
 
 class GateUpLinear(ParallelLinear):
@@ -179,7 +172,7 @@ class GateUpLinear(ParallelLinear):
         axis: AxisGroup,
         kernels: Kernels,
     ) -> None:
-        local = axis.shard_size(intermediate_size, "intermediate_size")
+        span = feature_spans(intermediate_size, axis)[axis.rank]
         shards: list[ShardSpec] = []
         parts = _parts_of(names, (intermediate_size, intermediate_size))
         for index, (name, num_rows, first) in enumerate(parts):
@@ -187,12 +180,14 @@ class GateUpLinear(ParallelLinear):
                 name,
                 num_rows,
                 hidden_size,
-                start=first + axis.rank * local,
-                length=local,
-                offset=index * local,
+                start=first + span.start,
+                length=len(span),
+                offset=index * len(span),
                 has_bias=has_bias,
             )
-        super().__init__(hidden_size, 2 * local, tuple(shards), has_bias=has_bias, kernels=kernels)
+        super().__init__(
+            hidden_size, 2 * len(span), tuple(shards), has_bias=has_bias, kernels=kernels
+        )
         self._activation = activation
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -211,8 +206,9 @@ class GateUpLinear(ParallelLinear):
 class RowParallelLinear(ParallelLinear):
     """y_TF = x_TD @ weight_FD.T with D split over the axis; one all-reduce restores y_TF.
 
-    Megatron-LM (Shoeybi et al., 2019), section 3. The bias is added on rank 0 only. Where
-    `is_reduced` is false, y_TF is this rank's summand, and the caller reduces.
+    `span` is this rank's D. Megatron-LM (Shoeybi et al., 2019), section 3. The bias is read and
+    added on rank 0 only. Where `is_reduced` is false, y_TF is this rank's summand, and the caller
+    reduces.
     """
 
     def __init__(
@@ -220,20 +216,20 @@ class RowParallelLinear(ParallelLinear):
         in_features: int,
         out_features: int,
         *,
+        span: range,
         name: str,
         has_bias: bool,
         axis: AxisGroup,
         kernels: Kernels,
         is_reduced: bool = True,
     ) -> None:
-        local_in = axis.shard_size(in_features, "in_features")
         weight = ShardSpec(
             tensor=f"{name}.weight",
             full_shape=(out_features, in_features),
             parameter="weight_FD",
             dim=1,
-            start=axis.rank * local_in,
-            length=local_in,
+            start=span.start,
+            length=len(span),
         )
         bias = ShardSpec(
             tensor=f"{name}.bias",
@@ -241,15 +237,11 @@ class RowParallelLinear(ParallelLinear):
             parameter="bias_F",
             length=out_features,
         )
+        has_bias = has_bias and axis.rank == 0
         shards = (weight, bias) if has_bias else (weight,)
-        super().__init__(local_in, out_features, shards, has_bias=has_bias, kernels=kernels)
+        super().__init__(len(span), out_features, shards, has_bias=has_bias, kernels=kernels)
         self._axis = axis
         self._is_reduced = is_reduced
-
-    def pack(self, kernels: Kernels) -> None:
-        if self._axis.rank > 0:
-            self.bias_F = None
-        super().pack(kernels)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         y_TF = super().forward(x_TD)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from engine.kernels.interface import Kernels, PackedLinear
 from engine.parallel.axes import AxisGroup
 from engine.parallel.shard import ShardedModule, ShardSpec
+from engine.parallel.spread import ALIGNMENT, spread
 
 
 class VocabParallelEmbedding(ShardedModule):
@@ -17,17 +18,16 @@ class VocabParallelEmbedding(ShardedModule):
     weight_VD: torch.Tensor
 
     def __init__(self, vocab_size: int, hidden_size: int, *, name: str, axis: AxisGroup) -> None:
-        local = axis.shard_size(vocab_size, "vocab_size")
-        self._start, self._local = axis.rank * local, local
-        super().__init__((_vocabulary_shard(name, vocab_size, hidden_size, self._start, local),))
+        self._span = _vocabulary_spans(vocab_size, axis)[axis.rank]
+        super().__init__((_vocabulary_shard(name, vocab_size, hidden_size, self._span),))
         self._axis = axis
-        self._declare("weight_VD", local, hidden_size)
+        self._declare("weight_VD", len(self._span), hidden_size)
 
     def forward(self, token_T: torch.Tensor) -> torch.Tensor:
         if self._axis.size == 1:
             return F.embedding(token_T, self.weight_VD)
-        local_T = token_T - self._start
-        is_here_T = (local_T >= 0) & (local_T < self._local)
+        local_T = token_T - self._span.start
+        is_here_T = (local_T >= 0) & (local_T < len(self._span))
         x_TD = F.embedding(local_T.where(is_here_T, 0), self.weight_VD)
         return self._axis.all_reduce(x_TD * is_here_T.unsqueeze(1))
 
@@ -47,14 +47,15 @@ class LmHead(ShardedModule):
         axis: AxisGroup,
         kernels: Kernels,
     ) -> None:
-        local = axis.shard_size(vocab_size, "vocab_size")
-        shard = _vocabulary_shard(name, vocab_size, hidden_size, axis.rank * local, local)
+        spans = _vocabulary_spans(vocab_size, axis)
+        shard = _vocabulary_shard(name, vocab_size, hidden_size, spans[axis.rank])
         super().__init__((shard,) if tied_to is None else ())
         self._axis = axis
+        self._sizes = [len(span) for span in spans]
         self._kernels = kernels
         self._tied = (tied_to,)  # in a tuple, so that it is not a submodule twice
         if tied_to is None:
-            self._declare("weight_VD", local, hidden_size)
+            self._declare("weight_VD", len(spans[axis.rank]), hidden_size)
         self.packed: PackedLinear | None = None
 
     def pack(self, kernels: Kernels) -> None:
@@ -68,16 +69,18 @@ class LmHead(ShardedModule):
     def forward(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None, "weights are not loaded"
         local_BV = self._kernels.linear_float32(hidden_BD, self.packed)
-        return self._axis.all_gather(local_BV)
+        return self._axis.all_gather(local_BV, -1, self._sizes)
 
 
-def _vocabulary_shard(
-    name: str, vocab_size: int, hidden_size: int, start: int, length: int
-) -> ShardSpec:
+def _vocabulary_spans(vocab_size: int, axis: AxisGroup) -> tuple[range, ...]:
+    return spread(vocab_size, axis.size, alignment=ALIGNMENT, what="vocab_size")
+
+
+def _vocabulary_shard(name: str, vocab_size: int, hidden_size: int, span: range) -> ShardSpec:
     return ShardSpec(
         tensor=f"{name}.weight",
         full_shape=(vocab_size, hidden_size),
         parameter="weight_VD",
-        start=start,
-        length=length,
+        start=span.start,
+        length=len(span),
     )

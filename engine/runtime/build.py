@@ -82,8 +82,8 @@ def build_engine(
     model = load_model(model_path, dtype=dtype_name, device=device, kernels=kernels, axes=axes)
     max_context_tokens = _max_context_tokens(model.config, config)
     layout = KvLayout(
-        num_layers=model.config.num_layers,
-        num_kv_heads=model.config.num_kv_heads,
+        num_layers=len(model.stage_layers),
+        num_kv_heads=len(model.kv_heads),
         head_dim=model.config.head_dim,
         num_parts=model.config.num_kv_parts,
         block_size_tokens=config.block_size_tokens,
@@ -115,7 +115,7 @@ def build_engine(
         has_prefix_cache=config.has_prefix_cache,
         hash_salt_of=model.config.rope_salt,
     )
-    runner = ModelRunner(model, KvPool(layout, plan.num_blocks, device), device)
+    runner = ModelRunner(model, KvPool(layout, plan.num_blocks, device), device, axes.pp)
     executor = ModelExecutor(
         runner,
         eos_token_ids=model.config.eos_token_ids,

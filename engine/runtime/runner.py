@@ -12,27 +12,43 @@ import torch
 from engine.kv_cache.batch import StepBatch
 from engine.kv_cache.pool import KvPool
 from engine.models.causal_lm import CausalLM
+from engine.parallel.axes import AxisGroup
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
 _WIDTH_STEP = 8  # block tables grow by so many columns, so that their shapes repeat
 
 
 class ModelRunner:
-    """Owns the model and the KV pool of one rank; one step at a time, on one thread."""
+    """Owns the model and the KV pool of one rank; one step at a time, on one thread.
 
-    def __init__(self, model: CausalLM, pool: KvPool, device: torch.device) -> None:
+    Every rank of a worker runs the same plans in the same order. A stage of a pipeline works as
+    soon as the stage before has sent, so that stages work on different plans at the same time.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        pool: KvPool,
+        device: torch.device,
+        pipeline: AxisGroup | None = None,
+    ) -> None:
         self.model = model
         self.pool = pool
         self._device = device
+        self._pipeline = pipeline or AxisGroup()
 
     @torch.inference_mode()
     def run(self, plan: StepPlan, num_threads: int) -> torch.Tensor:
         """Compute the plan's chunks; returns logits_BV, float32, one row a drawing chunk.
 
-        On CUDA the result is still being computed when this returns.
+        On CUDA the result is still being computed when this returns. Stages before the last one
+        return no rows.
         """
         batch = step_batch(plan, self.pool.layout.block_size_tokens, self._device, num_threads)
-        hidden_TD = self.model.forward(batch, self.pool)
+        hidden_TD = self.model.forward(batch, self.pool, self._received(len(batch.token_T)))
+        if not self.model.is_last_stage:
+            self._pipeline.send(hidden_TD, self._pipeline.rank + 1)
+            return hidden_TD.new_empty((0, 0), dtype=torch.float32)
         ends = list(accumulate(batch.query_lens))
         rows = [end - 1 for end, chunk in zip(ends, plan.chunks, strict=True) if chunk.is_drawing]
         if not rows:
@@ -40,6 +56,17 @@ class ModelRunner:
         if len(rows) < hidden_TD.shape[0]:
             hidden_TD = hidden_TD[_to_device(np.array(rows, dtype=np.int64), self._device)]
         return self.model.logits(hidden_TD)
+
+    def _received(self, num_tokens: int) -> torch.Tensor | None:
+        """The residual from the stage before."""
+        if self.model.is_first_stage:
+            return None
+        residual_TD = torch.empty(
+            (num_tokens, self.model.config.hidden_size),
+            dtype=self.model.dtype,
+            device=self._device,
+        )
+        return self._pipeline.receive(residual_TD, self._pipeline.rank - 1)
 
 
 def step_batch(

@@ -1,5 +1,7 @@
 """Fills a model built on the meta device: strict both ways, one module at a time."""
 
+from collections.abc import Mapping, Set
+
 import torch
 from torch import nn
 
@@ -11,9 +13,15 @@ from engine.weights.source import WeightSource
 _MAX_NAMES_SHOWN = 5
 
 
+def tensors_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each checkpoint tensor that `model` reads from."""
+    return {shard.tensor: shard.full_shape for module in _modules(model) for shard in module.shards}
+
+
 def load(
     model: nn.Module,
     weights: WeightSource,
+    tensors: Mapping[str, tuple[int, ...]] | None = None,
     *,
     kernels: Kernels,
     device: torch.device,
@@ -23,15 +31,23 @@ def load(
 
     A module is packed before the next one is read, so that no more than one is held twice.
 
-    Tensors whose names begin with one of `unused_tensors` may be there, and are not read.
+    Args:
+        model: what stands on this rank, on the meta device.
+        weights: the checkpoint.
+        tensors: all that the checkpoint must hold, for this rank and others; by default, what
+            this rank reads. All ranks of a worker find the same fault in a checkpoint.
+        kernels: pack the weights.
+        device: where the weights go.
+        unused_tensors: tensors whose names begin with one of these may be there, and are not read.
 
     Raises:
-        CheckpointError: names or shapes differ from the model's; the model is unusable then.
+        CheckpointError: names or shapes differ from `tensors`; the model is unusable then.
     """
-    modules = [module for module in model.modules() if isinstance(module, ShardedModule)]
-    _check_names(modules, weights, unused_tensors)
-    _check_shapes(modules, weights)  # before anything is allocated: sizes are the file's
-    for module in modules:
+    tensors = tensors_of(model) if tensors is None else tensors
+    assert tensors.items() >= tensors_of(model).items(), "this rank reads what the model has not"
+    _check_names(tensors.keys(), weights, unused_tensors)
+    _check_shapes(tensors, weights)  # before anything is allocated: sizes are the file's
+    for module in _modules(model):
         for name, parameter in list(module.named_parameters(recurse=False)):
             values = torch.empty_like(parameter, device=device)
             module.register_parameter(name, nn.Parameter(values, requires_grad=False))
@@ -42,11 +58,12 @@ def load(
     assert not left, f"parameters without weights: {left}"
 
 
-def _check_names(
-    modules: list[ShardedModule], weights: WeightSource, unused: tuple[str, ...]
-) -> None:
+def _modules(model: nn.Module) -> list[ShardedModule]:
+    return [module for module in model.modules() if isinstance(module, ShardedModule)]
+
+
+def _check_names(wanted: Set[str], weights: WeightSource, unused: tuple[str, ...]) -> None:
     """Both ways: what the model wants is there, and what is there is wanted by somebody."""
-    wanted = {shard.tensor for module in modules for shard in module.shards}
     if missing := wanted - weights.names:
         raise CheckpointError(f"{weights.path} lacks {_shown(missing)}; fetch it again")
     surplus = {
@@ -59,18 +76,18 @@ def _check_names(
         )
 
 
-def _shown(names: set[str] | frozenset[str]) -> str:
+def _shown(names: Set[str]) -> str:
     shown = ", ".join(sorted(names)[:_MAX_NAMES_SHOWN])
     return shown if len(names) <= _MAX_NAMES_SHOWN else f"{shown} and {len(names) - 5} more"
 
 
-def _check_shapes(modules: list[ShardedModule], weights: WeightSource) -> None:
-    for shard in (shard for module in modules for shard in module.shards):
-        shape = weights.shape(shard.tensor)
-        if shape != shard.full_shape:
+def _check_shapes(tensors: Mapping[str, tuple[int, ...]], weights: WeightSource) -> None:
+    for tensor, needed in tensors.items():
+        shape = weights.shape(tensor)
+        if shape != needed:
             raise CheckpointError(
-                f"{weights.location(shard.tensor)} has shape {list(shape)}, the configuration "
-                f"needs {list(shard.full_shape)}"
+                f"{weights.location(tensor)} has shape {list(shape)}, the configuration "
+                f"needs {list(needed)}"
             )
 
 

@@ -213,7 +213,16 @@ def packed(module: torch.nn.Module) -> torch.Tensor:
     return module.packed.weight
 
 
-def test_heads_that_do_not_divide_are_an_error(tmp_path: Path) -> None:
+def test_more_ranks_than_heads_are_an_error(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=r"num_heads \(4\) must divide by the axis size \(3\)"):
-        load_model(path, kernels=TorchKernels(CPU), axes=ParallelAxes(tp=AxisGroup(0, 3)))
+    with pytest.raises(ValueError, match="tp=5 needs a query head for each rank"):
+        load_model(path, kernels=TorchKernels(CPU), axes=ParallelAxes(tp=AxisGroup(0, 5)))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_every_stage_finds_what_is_missing_on_any(stage: int, name: str, tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path)
+    edit_weights(path, lambda tensors: tensors.pop(name))
+    with pytest.raises(CheckpointError, match=f"lacks {name}"):
+        load_model(path, kernels=TorchKernels(CPU), axes=ParallelAxes(pp=AxisGroup(stage, 2)))

@@ -1,0 +1,61 @@
+"""Which layers stand on which stage of the pipeline."""
+
+from itertools import accumulate
+
+from engine.checkpoint.config import ModelConfig
+
+
+def stage_layers(config: ModelConfig, size: int, stage: int) -> range:
+    """The layers of `stage` among `size`: contiguous, at least one, cut so that stages cost alike.
+
+    The cost of a stage is the weights that it reads for one token: those of its layers, a row of
+    the embedding on the first stage, and the LM head on the last. The dearest stage is as cheap as
+    can be; among such cuts, stages are as even as can be.
+
+    Raises:
+        ValueError: there are more stages than layers.
+    """
+    num_layers = config.num_layers
+    if size > num_layers:
+        raise ValueError(f"pp={size} needs a layer for each stage, and the model has {num_layers}")
+    costs = [layer_cost(config, index) for index in range(num_layers)]
+    costs[0] += config.hidden_size
+    costs[-1] += config.vocab_size * config.hidden_size
+    starts = _even_starts(costs, size)
+    return range(starts[stage], [*starts, num_layers][stage + 1])
+
+
+def layer_cost(config: ModelConfig, index: int) -> int:
+    """Weights of a layer that one token is multiplied with."""
+    assert 0 <= index < config.num_layers
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return config.hidden_size * (heads + 3 * config.intermediate_size)
+
+
+def _even_starts(costs: list[int], num_parts: int) -> list[int]:
+    """Where each part starts, so that (dearest part, sum of squares) is least."""
+    before = [0, *accumulate(costs)]
+    num_items = len(costs)
+    worst: list[tuple[int, int]] = [(cost, cost * cost) for cost in before]
+    cuts: list[list[int]] = []
+    for part in range(1, num_parts):
+        best: list[tuple[int, int]] = [(0, 0)] * (num_items + 1)
+        cut = [0] * (num_items + 1)
+        for stop in range(part + 1, num_items + 1):
+            found: tuple[int, int] | None = None
+            for start in range(stop - 1, part - 1, -1):
+                cost = before[stop] - before[start]
+                if found is not None and cost > found[0]:
+                    break
+                dearest, squares = worst[start]
+                candidate = (max(dearest, cost), squares + cost * cost)
+                if found is None or candidate < found:
+                    found, cut[stop] = candidate, start
+            assert found is not None
+            best[stop] = found
+        worst = best
+        cuts.append(cut)
+    starts = [num_items]
+    for cut in reversed(cuts):
+        starts.append(cut[starts[-1]])
+    return [0, *reversed(starts[1:])]

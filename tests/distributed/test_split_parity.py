@@ -1,0 +1,217 @@
+"""Each way to split a model over ranks gives what transformers gives, in float32.
+
+A new family is a row of CASES.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.kernels import choose_kernels
+from engine.kv_cache.layout import KvLayout
+from engine.kv_cache.pool import KvPool
+from engine.models.build import load_model
+from engine.parallel import RankGroup
+from engine.runtime.runner import ModelRunner
+from engine.scheduling.step_plan import ScheduledChunk, StepPlan
+from tests.checkpoints import VOCAB_SIZE, tiny_checkpoint
+from tests.distributed.ranks import run_ranks
+
+BLOCK_SIZE = 16
+NUM_BLOCKS = 32
+RELATIVE_TOLERANCE = 1e-4
+NUM_GREEDY = 12
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint to compare."""
+
+    family: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+UNEVEN = {
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "hidden_size": 72,
+    "head_dim": 8,
+    "intermediate_size": 100,
+    "vocab_size": VOCAB_SIZE + 5,
+}
+WIDE = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 8}
+CASES = {
+    "llama": Case("llama", WIDE),
+    "llama-bias": Case("llama", {**WIDE, "attention_bias": True, "mlp_bias": True}),
+    "llama-uneven": Case("llama", {**UNEVEN, "num_hidden_layers": 5}),
+    "llama-uneven-tied": Case("llama", {**UNEVEN, "tie_word_embeddings": True}),
+    "qwen2": Case("qwen2", WIDE),
+    "qwen2-tied": Case("qwen2", {**UNEVEN, "tie_word_embeddings": True}),
+    "qwen3": Case("qwen3", {**WIDE, "num_key_value_heads": 4}),
+    "mistral-window": Case("mistral", {**WIDE, "sliding_window": 24}),
+    "gemma2": Case(
+        "gemma2",
+        {**WIDE, "sliding_window": 24, "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
+    ),
+    "gemma3": Case("gemma3_text", {**WIDE, "sliding_window": 24, "num_hidden_layers": 7}),
+    "phi3": Case("phi3", UNEVEN),
+    "olmo2": Case("olmo2", WIDE),
+    "granite": Case(
+        "granite",
+        {
+            **WIDE,
+            "attention_bias": True,
+            "residual_multiplier": 0.5,
+            "embedding_multiplier": 6.0,
+            "logits_scaling": 3.0,
+        },
+    ),
+}
+LAYOUTS = {
+    "llama": (
+        "tp=2", "tp=3", "tp=4", "tp=8", "pp=2", "pp=3", "pp=4", "pp=8",
+        "tp=2,pp=2", "tp=3,pp=2", "tp=2,pp=3", "tp=2,pp=4", "tp=4,pp=2",
+    ),
+    "llama-bias": ("tp=2", "tp=3", "tp=2,pp=2"),
+    "llama-uneven": (
+        "tp=2", "tp=3", "tp=4", "tp=5", "tp=6", "tp=7", "tp=8", "tp=9", "pp=5", "tp=3,pp=2",
+    ),
+    "llama-uneven-tied": ("tp=2", "pp=2", "pp=3", "tp=2,pp=2"),
+    "qwen2": ("tp=2", "tp=3", "tp=4", "pp=2", "tp=2,pp=2"),
+    "qwen2-tied": ("tp=2", "tp=4", "pp=2", "tp=2,pp=3"),
+    "qwen3": ("tp=2", "tp=3", "tp=4", "pp=3", "tp=2,pp=2"),
+    "mistral-window": ("tp=2", "tp=3", "tp=4", "pp=2", "tp=2,pp=4"),
+    "gemma2": ("tp=2", "tp=3", "pp=3", "tp=2,pp=2"),
+    "gemma3": ("tp=3", "pp=4", "tp=2,pp=2"),
+    "phi3": ("tp=2", "tp=4", "pp=2", "tp=3,pp=2"),
+    "olmo2": ("tp=2", "tp=3", "tp=4", "pp=2", "tp=3,pp=2"),
+    "granite": ("tp=2", "pp=3", "tp=3,pp=2"),
+}  # fmt: skip
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
+
+
+PROMPT = prompt_of(70)
+ANSWER = prompt_of(4, seed=9)
+
+
+class Steps:
+    """Runs one sequence at a time on this rank; blocks are out of order."""
+
+    def __init__(self, group: RankGroup, path: str, dtype: str) -> None:
+        kernels = choose_kernels(CPU, getattr(torch, dtype), 1)
+        model = load_model(Path(path), kernels=kernels, dtype=dtype, axes=group.axes)
+        layout = KvLayout(
+            num_layers=len(model.stage_layers),
+            num_kv_heads=len(model.kv_heads),
+            head_dim=model.config.head_dim,
+            block_size_tokens=BLOCK_SIZE,
+            dtype=dtype,
+        )
+        pool = KvPool(layout, NUM_BLOCKS, CPU)
+        pool.blocks_PLJGCA.fill_(torch.nan)
+        self.world = group.axes.world
+        self.runner = ModelRunner(model, pool, CPU, group.axes.pp)
+        order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1)).tolist()
+        self.blocks = (tuple(order[::2]), tuple(order[1::2]))
+
+    def close(self) -> None:
+        self.runner.pool.close()
+
+    def last_logits(self, sequence: int, first: int, tokens: Sequence[int]) -> torch.Tensor:
+        """Compute the next tokens of a sequence; its last logits, on the ranks that have them."""
+        chunk = ScheduledChunk(
+            str(sequence), first, tuple(tokens), self.blocks[sequence], len(PROMPT), is_drawing=True
+        )
+        return self.runner.run(StepPlan((chunk,)), 1)
+
+    def greedy(self, sequence: int, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        """Draw on the last rank, which is on the last stage, and tell the others."""
+        drawn: list[int] = []
+        first, tokens = 0, list(prompt)
+        for _ in range(num_tokens):
+            logits_1V = self.last_logits(sequence, first, tokens)
+            token = torch.zeros(1, dtype=torch.int64)
+            if self.world.rank == self.world.size - 1:
+                token[0] = logits_1V.argmax()
+            self.world.broadcast(token, self.world.size - 1)
+            drawn.append(int(token))
+            first, tokens = first + len(tokens), [int(token)]
+        return drawn
+
+
+def compute(group: RankGroup, path: str, dtype: str = "float32") -> dict[str, Any]:
+    """The logits of a prompt in one piece and in chunks, then of decode steps; a greedy answer."""
+    steps = Steps(group, path, dtype)
+    logits = [steps.last_logits(0, 0, PROMPT)]
+    logits += [
+        steps.last_logits(0, len(PROMPT) + index, [token]) for index, token in enumerate(ANSWER)
+    ]
+    first = 0
+    for size in (17, 1, 30, 22):
+        last = steps.last_logits(1, first, PROMPT[first : first + size])
+        first += size
+    logits.append(last)
+    logits += [
+        steps.last_logits(1, len(PROMPT) + index, [token]) for index, token in enumerate(ANSWER)
+    ]
+    answer = steps.greedy(0, PROMPT, NUM_GREEDY)
+    steps.close()
+    return {"logits": torch.cat(logits) if logits[0].numel() else None, "answer": answer}
+
+
+def expected_of(path: Path) -> tuple[torch.Tensor, list[int]]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.inference_mode():
+        logits_TV = model(torch.tensor([[*PROMPT, *ANSWER]])).logits[0, len(PROMPT) - 1 :]
+        answer: list[int] = []
+        tokens = list(PROMPT)
+        cache = None
+        for _ in range(NUM_GREEDY):
+            out = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True)
+            cache, tokens = out.past_key_values, [int(out.logits[0, -1].argmax())]
+            answer += tokens
+    return torch.cat((logits_TV, logits_TV)), answer
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Path and what is expected of each case, made when first asked for."""
+    made: dict[str, Any] = {"root": tmp_path_factory.mktemp("checkpoints")}
+    return made
+
+
+def checkpoint_of(name: str, made: dict[str, Any]) -> tuple[Path, torch.Tensor, list[int]]:
+    if name not in made:
+        case = CASES[name]
+        path = tiny_checkpoint(made["root"] / name, case.family, **case.overrides)
+        made[name] = (path, *expected_of(path))
+    found: tuple[Path, torch.Tensor, list[int]] = made[name]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [(name, layout) for name in LAYOUTS for layout in LAYOUTS[name]]
+)
+def test_split_over_ranks_equals_transformers(
+    name: str, layout: str, checkpoints: dict[str, Any]
+) -> None:
+    path, expected, answer = checkpoint_of(name, checkpoints)
+    found = run_ranks(layout, compute, str(path))
+    assert all(rank["answer"] == answer for rank in found)
+    logits = [rank["logits"] for rank in found if rank["logits"] is not None]
+    assert all(torch.equal(other, logits[0]) for other in logits), "ranks differ"
+    error = (logits[0] - expected).abs().amax(-1) / expected.abs().amax(-1)
+    assert error.max() < RELATIVE_TOLERANCE, f"row {error.argmax()}: {error.max():.2e}"
