@@ -103,7 +103,6 @@ class SharedExpert(nn.Module):
                 1,
                 name=f"{block}.{experts.shared_gate}",
                 has_bias=False,
-                axis=AxisGroup(),
                 kernels=kernels,
             )
 

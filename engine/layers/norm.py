@@ -21,7 +21,7 @@ class NormWeight(ShardedModule):
     weight_D: torch.Tensor
 
     def __init__(self, size: int, *, name: str, form: NormForm, span: range | None = None) -> None:
-        span = span or range(size)
+        span = range(size) if span is None else span
         super().__init__(
             (
                 ShardSpec(

@@ -9,7 +9,6 @@ import torch
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.form import ExpertsForm
 from engine.kernels.interface import Kernels
-from engine.parallel.axes import AxisGroup
 from engine.parallel.linear import ColumnParallelLinear
 from engine.parallel.shard import ShardedModule, ShardSpec
 
@@ -49,7 +48,6 @@ class Router(torch.nn.Module):
             experts.num_experts,
             name=name,
             has_bias=form.has_bias,
-            axis=AxisGroup(),
             kernels=kernels,
         )
         self.correction: CorrectionBias | None = None

@@ -96,18 +96,19 @@ def feature_spans(size: int, axis: AxisGroup) -> tuple[range, ...]:
 
 
 class ColumnParallelLinear(ParallelLinear):
-    """y_TF = x_TD @ weight_FD.T, with F split over an axis: `span` is this rank's F."""
+    """y_TF = x_TD @ weight_FD.T, with F split over an axis; `span` is this rank's, None all."""
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         *,
-        span: range,
+        span: range | None = None,
         name: str,
         has_bias: bool,
         kernels: Kernels,
     ) -> None:
+        span = range(out_features) if span is None else span
         shards = row_shards(
             name,
             out_features,

@@ -27,9 +27,11 @@ def stage_layers(config: ModelConfig, size: int, stage: int) -> range:
 
 def layer_cost(config: ModelConfig, index: int) -> int:
     """Weights of a layer that one token is multiplied with."""
-    assert 0 <= index < config.num_layers
     heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    return config.hidden_size * (heads + 3 * config.intermediate_size)
+    features, experts = config.intermediate_size, config.form.experts
+    if experts is not None and index in experts.layers:
+        features = experts.num_chosen * experts.intermediate_size + experts.shared_size
+    return config.hidden_size * (heads + 3 * features)
 
 
 def _even_starts(costs: list[int], num_parts: int) -> list[int]:
