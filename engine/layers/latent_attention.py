@@ -16,34 +16,34 @@ from torch import nn
 
 from engine.checkpoint.config import ModelConfig
 from engine.checkpoint.form import LatentForm
-from engine.kernels.interface import Kernels
+from engine.kernels.interface import HeadShape, Kernels
 from engine.kv_cache.batch import StepBatch
 from engine.layers.norm import RmsNorm
 from engine.parallel.axes import AxisGroup
+from engine.parallel.heads import features_of, head_split
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from engine.parallel.shard import ShardedModule, ShardSpec
 
 
 class LatentProjections(ShardedModule):
-    """From the latent vector to each head's keys and values; heads split over the axis."""
+    """From the latent vector to the keys and values of this rank's `heads`."""
 
     weight_FD: torch.Tensor | None
     key_HNK: torch.Tensor
     value_HKU: torch.Tensor
 
-    def __init__(self, num_heads: int, form: LatentForm, *, name: str, axis: AxisGroup) -> None:
+    def __init__(self, num_heads: int, heads: range, form: LatentForm, *, name: str) -> None:
         head_rows = form.nope_dim + form.value_dim
-        local = axis.shard_size(num_heads, "num_heads")
         shard = ShardSpec(
             tensor=f"{name}.weight",
             full_shape=(num_heads * head_rows, form.kv_rank),
             parameter="weight_FD",
-            start=axis.rank * local * head_rows,
-            length=local * head_rows,
+            start=heads.start * head_rows,
+            length=len(heads) * head_rows,
         )
         super().__init__((shard,))
         self._form = form
-        self._declare("weight_FD", local * head_rows, form.kv_rank)
+        self._declare("weight_FD", len(heads) * head_rows, form.kv_rank)
 
     def pack(self, kernels: Kernels) -> None:
         assert self.weight_FD is not None, "packed already"
@@ -71,41 +71,46 @@ class LatentAttention(nn.Module):
         super().__init__()
         self._form = form
         self._kernels = kernels
-        self._num_local_heads = axis.shard_size(config.num_heads, "num_heads")
+        heads = head_split(HeadShape(config.num_heads, 1, 1), axis.size, axis.rank).heads
+        self._num_local_heads = len(heads)
         query_dim = form.nope_dim + form.rope_dim
         self._scale = config.form.attention_scale or query_dim**-0.5
-        alone = AxisGroup()
 
-        def column(inner: int, outer: int, part: str, axis: AxisGroup) -> ColumnParallelLinear:
+        def whole(inner: int, outer: int, part: str) -> ColumnParallelLinear:
+            return ColumnParallelLinear(
+                inner, outer, name=f"{name}.{part}", has_bias=form.has_bias, kernels=kernels
+            )
+
+        def queries(inner: int, part: str) -> ColumnParallelLinear:
             return ColumnParallelLinear(
                 inner,
-                outer,
+                config.num_heads * query_dim,
+                span=features_of(heads, query_dim),
                 name=f"{name}.{part}",
-                has_bias=form.has_bias and axis is alone,
-                axis=axis,
+                has_bias=False,
                 kernels=kernels,
             )
 
         def norm(size: int, part: str) -> RmsNorm:
             return RmsNorm(size, config, name=f"{name}.{part}", kernels=kernels, eps=form.norm_eps)
 
-        all_queries = config.num_heads * query_dim
         self.query_norm: RmsNorm | None = None
         if form.query_rank is None:
-            self.query = column(config.hidden_size, all_queries, "q_proj", axis)
+            self.query = queries(config.hidden_size, "q_proj")
         else:
-            self.query_down = column(config.hidden_size, form.query_rank, "q_a_proj", alone)
+            self.query_down = whole(config.hidden_size, form.query_rank, "q_a_proj")
             self.query_norm = norm(form.query_rank, "q_a_layernorm")
-            self.query = column(form.query_rank, all_queries, "q_b_proj", axis)
+            self.query = queries(form.query_rank, "q_b_proj")
         latent_dim = form.kv_rank + form.rope_dim
-        self.latent = column(config.hidden_size, latent_dim, "kv_a_proj_with_mqa", alone)
+        self.latent = whole(config.hidden_size, latent_dim, "kv_a_proj_with_mqa")
         self.latent_norm = norm(form.kv_rank, "kv_a_layernorm")
         self.projections = LatentProjections(
-            config.num_heads, form, name=f"{name}.kv_b_proj", axis=axis
+            config.num_heads, heads, form, name=f"{name}.kv_b_proj"
         )
         self.output = RowParallelLinear(
             config.num_heads * form.value_dim,
             config.hidden_size,
+            span=features_of(heads, form.value_dim),
             name=f"{name}.o_proj",
             has_bias=form.has_bias,
             axis=axis,

@@ -56,3 +56,8 @@ def head_split(heads: HeadShape, size: int, rank: int) -> HeadSplit:
         copy=copy,
         num_copies=len(ranks),
     )
+
+
+def features_of(heads: range, head_dim: int) -> range:
+    """The features of some heads, where each has `head_dim`."""
+    return range(heads.start * head_dim, heads.stop * head_dim)

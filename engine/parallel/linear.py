@@ -9,7 +9,7 @@ import torch
 from engine.checkpoint.form import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
 from engine.kernels.interface import HeadShape, Kernels, PackedLinear
 from engine.parallel.axes import AxisGroup
-from engine.parallel.heads import head_split
+from engine.parallel.heads import features_of, head_split
 from engine.parallel.shard import ShardedModule, ShardSpec
 from engine.parallel.spread import ALIGNMENT, spread
 
@@ -136,7 +136,7 @@ class QkvParallelLinear(ParallelLinear):
         split = head_split(heads, axis.size, axis.rank)
         full_counts = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
         own = (split.heads, split.kv_heads, split.kv_heads)
-        spans = [range(part.start * heads.head_dim, part.stop * heads.head_dim) for part in own]
+        spans = [features_of(part, heads.head_dim) for part in own]
         shards: list[ShardSpec] = []
         offset = 0
         parts = _parts_of(names, tuple(count * heads.head_dim for count in full_counts))

@@ -27,11 +27,23 @@ def stage_layers(config: ModelConfig, size: int, stage: int) -> range:
 
 def layer_cost(config: ModelConfig, index: int) -> int:
     """Weights of a layer that one token is multiplied with."""
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
     features, experts = config.intermediate_size, config.form.experts
     if experts is not None and index in experts.layers:
         features = experts.num_chosen * experts.intermediate_size + experts.shared_size
-    return config.hidden_size * (heads + 3 * features)
+    return _attention_cost(config) + 3 * config.hidden_size * features
+
+
+def _attention_cost(config: ModelConfig) -> int:
+    hidden_size, num_heads, latent = config.hidden_size, config.num_heads, config.form.latent
+    if latent is None:
+        return 2 * hidden_size * (num_heads + config.num_kv_heads) * config.head_dim
+    query_features = num_heads * (latent.nope_dim + latent.rope_dim)
+    query = hidden_size * query_features
+    if latent.query_rank is not None:
+        query = latent.query_rank * (hidden_size + query_features)
+    key_value = hidden_size * config.head_dim
+    key_value += num_heads * latent.kv_rank * (latent.nope_dim + latent.value_dim)
+    return query + key_value + num_heads * latent.value_dim * hidden_size
 
 
 def _even_starts(costs: list[int], num_parts: int) -> list[int]:

@@ -45,6 +45,12 @@ UNEVEN = {
     "vocab_size": VOCAB_SIZE + 5,
 }
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 8}
+LATENT = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40,
+    "n_shared_experts": 2, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+    "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+    "v_head_dim": 20, "head_dim": 8, "num_key_value_heads": 4,
+}  # fmt: skip
 CASES = {
     "llama": Case("llama", WIDE),
     "llama-bias": Case("llama", {**WIDE, "attention_bias": True, "mlp_bias": True}),
@@ -61,6 +67,8 @@ CASES = {
     "gemma3": Case("gemma3_text", {**WIDE, "sliding_window": 24, "num_hidden_layers": 7}),
     "phi3": Case("phi3", UNEVEN),
     "olmo2": Case("olmo2", WIDE),
+    "mixtral": Case("mixtral", {"num_local_experts": 8, "moe_intermediate_size": 40}),
+    "deepseek-v2": Case("deepseek_v2", LATENT),
     "granite": Case(
         "granite",
         {
@@ -90,6 +98,8 @@ LAYOUTS = {
     "gemma3": ("tp=3", "pp=4", "tp=2,pp=2"),
     "phi3": ("tp=2", "tp=4", "pp=2", "tp=3,pp=2"),
     "olmo2": ("tp=2", "tp=3", "tp=4", "pp=2", "tp=3,pp=2"),
+    "mixtral": ("tp=2", "tp=3", "pp=3", "tp=3,pp=2"),
+    "deepseek-v2": ("tp=2", "tp=3", "tp=4", "pp=3", "tp=3,pp=2"),
     "granite": ("tp=2", "pp=3", "tp=3,pp=2"),
 }  # fmt: skip
 
@@ -113,6 +123,7 @@ class Steps:
             num_layers=len(model.stage_layers),
             num_kv_heads=len(model.kv_heads),
             head_dim=model.config.head_dim,
+            num_parts=model.config.num_kv_parts,
             block_size_tokens=BLOCK_SIZE,
             dtype=dtype,
         )
