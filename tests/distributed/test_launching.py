@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from engine.parallel import RankEnvironment
+
 PROGRAM = """
 import os, torch
 from engine.parallel import ParallelLayout, RankEnvironment, join_group
@@ -24,15 +26,14 @@ def free_port() -> int:
 
 
 def start_rank(rank: int, port: int) -> subprocess.Popen[str]:
-    place = {
-        "RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    place = RankEnvironment(
+        rank=rank, world_size=2, local_rank=rank, master_address="127.0.0.1", master_port=port
+    )
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], env=os.environ | place, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM],
+        env=os.environ | place.variables(),
+        stdout=subprocess.PIPE,
+        text=True,
     )
 
 

@@ -80,7 +80,8 @@ def reduce_for_ever(group: RankGroup, is_going: Event) -> dict[str, Any]:
     try:
         while True:
             group.axes.tp.all_reduce(x)
-            is_going.set()
+            if group.rank == 0 and not is_going.is_set():  # a rank may stop with its lock
+                is_going.set()
     except RankGroupError as error:
         return told(error, time.monotonic())
 
