@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,14 @@ from decode_worker.metrics import ReceiverCollector
 from decode_worker.servicer import DecodeServicer
 from engine.checkpoint.digest import model_digest
 from engine.checkpoint.model_id import model_id_of
-from engine.runtime.build import build_engine
+from engine.runtime.build import build_engine, build_follower
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine_thread import EngineThread
+from engine.runtime.follower import follow
+from engine.runtime.membership import join_worker
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.servicer import KvTransferServicer
+from mesh.metrics import RankCollector
 from mesh.telemetry import exporting_spans
 from mesh.worker import WorkerConfig, WorkerIdentity, serving_worker, until_stopped
 from protos.isthmus.v1 import decode_pb2_grpc, kv_transfer_pb2_grpc
@@ -30,12 +34,15 @@ if TYPE_CHECKING:
 SERVICE_NAMES = ("isthmus.v1.DecodeService", "isthmus.v1.KvTransferService")
 
 
-async def serve(settings: Mapping[str, Any], model_path: Path) -> None:
+async def serve(
+    settings: Mapping[str, Any], model_path: Path, environment: Mapping[str, str]
+) -> None:
     """Run until SIGTERM, then leave the registry, drain and stop the engine.
 
     Args:
-        settings: the sections worker, engine and transfer.
+        settings: the sections worker, engine, transfer and collectives.
         model_path: a Hugging Face directory or a .gguf file.
+        environment: where the ranks of this worker meet, if there are several.
     """
     worker: WorkerConfig = settings["worker"]
     engine_config: EngineConfig = settings["engine"]
@@ -46,15 +53,27 @@ async def serve(settings: Mapping[str, Any], model_path: Path) -> None:
         slot=worker.core_share_slot,
         max_threads=engine_config.num_threads,
     )
-    engine = await asyncio.to_thread(build_engine, model_path, engine_config, cores=cores)
+    membership = await asyncio.to_thread(
+        join_worker, engine_config, settings["collectives"], environment
+    )
+    if membership is not None and membership.rank > 0:
+        build = partial(build_follower, membership=membership, cores=cores)
+        await follow(await asyncio.to_thread(build, model_path, engine_config))
+        return
+    engine = await asyncio.to_thread(
+        build_engine, model_path, engine_config, cores=cores, membership=membership
+    )
     digest = await asyncio.to_thread(model_digest, model_path)
     identity = WorkerIdentity.new(
         WORKER_ROLE_DECODE,
         model_id=model_id_of(worker.model),
         model_digest=digest,
         max_context_tokens=engine.limits.max_context_tokens,
+        parallel=str(engine_config.parallel),
     )
     metrics = CollectorRegistry()
+    if membership is not None:
+        metrics.register(RankCollector(lambda: engine.rank_times))
     with exporting_spans(
         "isthmus-decode", instance_id=identity.worker_id, otlp_endpoint=worker.otlp_endpoint
     ):
@@ -87,4 +106,4 @@ async def serve(settings: Mapping[str, Any], model_path: Path) -> None:
                 stats=lambda: thread.stats,
                 metrics=metrics,
             ):
-                await until_stopped(thread.dead)
+                await until_stopped(thread)

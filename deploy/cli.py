@@ -8,11 +8,14 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from engine.errors import IsthmusError
+
+if TYPE_CHECKING:
+    from engine.parallel.layout import ParallelLayout
 
 app = typer.Typer(
     name="isthmus",
@@ -49,6 +52,10 @@ Model = Annotated[
 ]
 Prefill = Annotated[int, typer.Option(min=0, help="Prefill workers; 0: decode prefills locally.")]
 Decode = Annotated[int, typer.Option(min=1, help="Decode workers.")]
+PrefillParallel = Annotated[
+    str, typer.Option(help="Ranks of each prefill worker, by axis: tp=2,pp=2.")
+]
+DecodeParallel = Annotated[str, typer.Option(help="Ranks of each decode worker, by axis.")]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="OpenAI API; 0 picks a free port.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="gRPC API; 0 picks a free port.")]
 RedisUrl = Annotated[
@@ -69,6 +76,8 @@ def up(
     model: Model = "demo",
     prefill: Prefill = 1,
     decode: Decode = 1,
+    prefill_parallel: PrefillParallel = "tp=1",
+    decode_parallel: DecodeParallel = "tp=1",
     http_port: HttpPort = 8000,
     grpc_port: GrpcPort = 50051,
     redis_url: RedisUrl = "",
@@ -86,6 +95,8 @@ def up(
         model=str(path),
         num_prefill=prefill,
         num_decode=decode,
+        prefill_parallel=_layout("--prefill-parallel", prefill_parallel),
+        decode_parallel=_layout("--decode-parallel", decode_parallel),
         http_port=http_port,
         grpc_port=grpc_port,
         redis_url=redis_url,
@@ -181,6 +192,15 @@ def prefill_worker(context: typer.Context) -> None:
 def decode_worker(context: typer.Context) -> None:
     """Start a decode worker alone."""
     _pass_through("decode_worker", context)
+
+
+def _layout(flag: str, text: str) -> "ParallelLayout":
+    from engine.parallel.layout import ParallelLayout
+
+    try:
+        return ParallelLayout.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
 
 
 def _finish(status: int) -> None:

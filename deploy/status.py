@@ -44,7 +44,7 @@ def pool_table(records: Sequence[WorkerRecord]) -> Table:
     """One row for each record."""
     title = ", ".join(sorted({record.model_id for record in records})) or "no worker"
     table = Table(title=title, title_justify="left", title_style="bold")
-    for heading in ("worker", "address", "running", "waiting", "KV blocks", "state"):
+    for heading in ("worker", "address", "ranks", "running", "waiting", "KV blocks", "state"):
         table.add_column(heading, overflow="fold")
     for record in records:
         load = record.load
@@ -52,6 +52,7 @@ def pool_table(records: Sequence[WorkerRecord]) -> Table:
         table.add_row(
             record.worker_id,
             record.address,
+            record.parallel,
             str(load.num_running),
             str(load.num_waiting),
             f"{used}/{load.num_blocks}" if load.num_blocks else "",

@@ -1,7 +1,10 @@
-"""What an operator asks of one engine; what start-up computes from it are plans."""
+"""What an operator asks of a worker's engine; what start-up computes from it are plans."""
 
 from dataclasses import dataclass
 
+from engine.parallel.layout import ParallelLayout
+
+_ONE_RANK = ParallelLayout()
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -31,6 +34,15 @@ class EngineConfig:
     has_prefix_cache: bool = True
     max_context_tokens: int | None = None
     """None: what the model was trained for; else a lower bound on prompt + answer."""
+    parallel: ParallelLayout = _ONE_RANK
+    """Ranks of the worker by axis, such as tp=2,pp=2: one process each. Their number must be
+    WORLD_SIZE, and RANK, MASTER_ADDR and MASTER_PORT say where they meet (torchrun sets them)."""
+    num_micro_batches: int | None = None
+    """Pieces of a step that pipeline stages compute at the same time. None: as many as end the
+    step soonest."""
+    micro_batch_overhead_tokens: int = 32
+    """What a stage's pass over its weights costs, in tokens computed; more of it means fewer
+    micro-batches."""
     num_threads: int | None = None
     """CPU threads of a step. None: as many as the cores given to this process."""
 
@@ -39,7 +51,12 @@ class EngineConfig:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.device not in DEVICES:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
-        for name in ("block_size_tokens", "max_num_sequences", "shared_step_tokens_per_thread"):
+        for name in (
+            "block_size_tokens",
+            "max_num_sequences",
+            "shared_step_tokens_per_thread",
+            "micro_batch_overhead_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         floor = self.max_num_sequences + self.block_size_tokens
@@ -48,9 +65,38 @@ class EngineConfig:
                 f"max_num_batched_tokens must be at least max_num_sequences + block_size_tokens = "
                 f"{floor}, got {self.max_num_batched_tokens}"
             )
-        for name in ("kv_pool_bytes", "max_context_tokens", "num_threads"):
+        for name in (
+            "kv_pool_bytes",
+            "max_context_tokens",
+            "num_threads",
+            "num_micro_batches",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
             raise ValueError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CollectivesConfig:
+    """Time-outs and buffers of a rank group."""
+
+    collective_timeout_s: float = 30.0
+    """The longest wait for another rank in one collective; then the group is given up."""
+    join_timeout_s: float = 300.0
+    """The longest wait for all ranks to start."""
+    collective_buffer_bytes: int = 256 * 1024
+    """Shared memory a rank writes at a time; larger tensors go in pieces. Twice this a rank."""
+    has_shared_memory: bool = True
+    """Ranks of one host exchange through memory; else over TCP, as with other hosts."""
+    mailbox_bytes: int = 4 * 1024 * 1024
+    """Shared memory from one rank to another; a send that fits does not wait for its receiver."""
+
+    def __post_init__(self) -> None:
+        for name in ("collective_timeout_s", "join_timeout_s"):
+            if not 0 < getattr(self, name) <= 1e6:
+                raise ValueError(f"{name} must be in (0, 1e6], got {getattr(self, name)}")
+        for name in ("collective_buffer_bytes", "mailbox_bytes"):
+            if not 64 * 1024 <= getattr(self, name) <= 1 << 30:
+                raise ValueError(f"{name} must be in [65536, 2**30], got {getattr(self, name)}")

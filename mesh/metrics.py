@@ -1,6 +1,6 @@
 """Prometheus metrics of a worker, and the endpoint that serves a process' metrics."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -9,6 +9,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.runtime.commands import EngineStats
+from engine.runtime.rank_message import RankTimes
 
 # name, help, field of EngineStats; counters get the suffix _total from the client library.
 _GAUGES = (
@@ -28,6 +29,14 @@ _COUNTERS = (
      "num_prefix_hit_tokens"),
 )  # fmt: skip
 
+_RANK_COUNTERS = (
+    ("isthmus_rank_steps", "Steps that a rank took part in.", "num_steps"),
+    ("isthmus_rank_step_seconds", "Time of a rank from a plan to its last result.", "step_s"),
+    ("isthmus_rank_busy_seconds", "Of it, not waiting for another pipeline stage.", "busy_s"),
+    ("isthmus_rank_communication_seconds", "Of it, in collectives.", "communication_s"),
+    ("isthmus_rank_communication_bytes", "Bytes that collectives moved.", "communication_bytes"),
+)
+
 
 class EngineCollector(Collector):
     """The engine's numbers, read when Prometheus asks."""
@@ -41,6 +50,33 @@ class EngineCollector(Collector):
             yield GaugeMetricFamily(name, text, value=getattr(stats, field))
         for name, text, field in _COUNTERS:
             yield CounterMetricFamily(name, text, value=getattr(stats, field))
+
+
+class RankCollector(Collector):
+    """Where the time of each rank of a worker goes; only of workers with several."""
+
+    def __init__(self, times: Callable[[], Sequence[RankTimes]]) -> None:
+        self._times = times
+
+    def collect(self) -> Iterable[Metric]:
+        times = self._times()
+        for name, text, field in _RANK_COUNTERS:
+            values = {str(each.rank): getattr(each, field) for each in times}
+            yield labelled_counter(name, text, "rank", values)
+        step_s = sum(each.step_s for each in times)
+        for name, text, part_s in (
+            (
+                "isthmus_rank_communication_share",
+                "Part of all ranks' step time spent in collectives.",
+                sum(each.communication_s for each in times),
+            ),
+            (
+                "isthmus_pipeline_bubble_share",
+                "Part of all ranks' step time spent waiting for other pipeline stages.",
+                step_s - sum(each.busy_s for each in times),
+            ),
+        ):
+            yield GaugeMetricFamily(name, text, value=part_s / step_s if step_s else 0.0)
 
 
 def labelled_counter(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "ISTHMUS_"
-MESH_SECTIONS = frozenset({"gateway", "recovery", "worker", "engine", "transfer"})
+MESH_SECTIONS = frozenset({"gateway", "recovery", "worker", "engine", "transfer", "collectives"})
 """Sections of every kind of service: one file or environment may serve them all, so a service
 passes over what belongs to another. What belongs to none is an error everywhere."""
 
@@ -43,7 +43,7 @@ def load_settings(
 
     Args:
         sections: by name; dataclasses of str, int, float, bool, Path, StrEnum, Literal,
-            tuples of these, or one of them or None.
+            tuples of these, or one of them or None; or of a class with a method `parse(text)`.
         file: TOML with a table a section.
         environment: only keys that start with ISTHMUS_ are looked at; all of those must be known.
         flags: by field name; a field name stands in one section only.
@@ -233,6 +233,8 @@ def _converted(text: str, wanted: Any) -> Any:  # noqa: ANN401
         if text.lower() not in truth:
             raise ValueError("it must be true or false")
         return truth[text.lower()]
+    if hasattr(wanted, "parse"):
+        return wanted.parse(text)
     if issubclass(wanted, StrEnum):
         if text not in (members := [member.value for member in wanted]):
             raise ValueError(f"it must be one of {', '.join(members)}")

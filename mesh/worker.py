@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from grpc import aio
 from prometheus_client import CollectorRegistry
@@ -82,10 +83,18 @@ class WorkerIdentity:
     model_id: str
     model_digest: str
     max_context_tokens: int
+    parallel: str
+    """Its ranks by axis, such as tp=2,pp=2."""
 
     @classmethod
     def new(
-        cls, role: WorkerRole, *, model_id: str, model_digest: str, max_context_tokens: int
+        cls,
+        role: WorkerRole,
+        *,
+        model_id: str,
+        model_digest: str,
+        max_context_tokens: int,
+        parallel: str,
     ) -> "WorkerIdentity":
         """A worker id that no other start of any worker has."""
         host = socket.gethostname().split(".")[0]
@@ -96,6 +105,7 @@ class WorkerIdentity:
             model_id=model_id,
             model_digest=model_digest,
             max_context_tokens=max_context_tokens,
+            parallel=parallel,
         )
 
 
@@ -141,6 +151,7 @@ async def serving_worker(
             model_digest=identity.model_digest,
             max_context_tokens=identity.max_context_tokens,
             pid=os.getpid(),
+            parallel=identity.parallel,
         )
 
         def current_record() -> WorkerRecord:
@@ -170,7 +181,19 @@ async def _drain(
         logger.warning("sequences still open after drain_grace_s=%s are cut off", drain_grace_s)
 
 
-async def until_stopped(dead: asyncio.Event) -> None:
+class MortalEngine(Protocol):
+    """What `until_stopped` watches: an EngineThread."""
+
+    @property
+    def dead(self) -> asyncio.Event:
+        """Set when the engine cannot go on."""
+
+    @property
+    def death(self) -> EngineDeadError | None:
+        """Why."""
+
+
+async def until_stopped(engine: MortalEngine) -> None:
     """Return when asked to stop.
 
     Raises:
@@ -178,15 +201,15 @@ async def until_stopped(dead: asyncio.Event) -> None:
     """
     waiting = {
         asyncio.ensure_future(shutdown_requested()),
-        asyncio.ensure_future(dead.wait()),
+        asyncio.ensure_future(engine.dead.wait()),
     }
     try:
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in waiting:
             task.cancel()
-    if dead.is_set():
-        raise EngineDeadError("the engine thread died; see the log above")
+    if engine.death is not None:
+        raise engine.death
 
 
 def _load_from(stats: EngineStats) -> WorkerLoad:

@@ -14,7 +14,8 @@ from mesh.settings import parse_command_line
 from mesh.telemetry import OTLP_ENDPOINT_VARIABLE
 from mesh.worker import WorkerConfig
 
-Serve = Callable[[Mapping[str, Any], Path], Coroutine[Any, Any, None]]
+Serve = Callable[[Mapping[str, Any], Path, Mapping[str, str]], Coroutine[Any, Any, None]]
+"""Settings by section, the model's path, the environment (where ranks find each other)."""
 
 
 def worker_main(
@@ -37,7 +38,9 @@ def worker_main(
             os.environ,
         )
         worker: WorkerConfig = settings["worker"]
-        set_up_logging(role, level=worker.log_level, log_format=worker.log_format)
+        set_up_logging(
+            _name_in_logs(role, os.environ), level=worker.log_level, log_format=worker.log_format
+        )
         if not worker.otlp_endpoint:
             endpoint = os.environ.get(OTLP_ENDPOINT_VARIABLE, "")
             settings["worker"] = replace(worker, otlp_endpoint=endpoint)
@@ -45,4 +48,10 @@ def worker_main(
         serve = load_serve()
     except Exception as error:  # noqa: BLE001 - the last frame of the process
         return report_failure(error)
-    return run_service(serve(settings, path))
+    return run_service(serve(settings, path, os.environ))
+
+
+def _name_in_logs(role: str, environment: Mapping[str, str]) -> str:
+    """Rank 0 is the worker; the other ranks say who they are."""
+    rank = environment.get("RANK", "0")
+    return role if rank == "0" else f"{role} rank {rank}"

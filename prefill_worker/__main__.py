@@ -2,7 +2,7 @@
 
 import sys
 
-from engine.config import EngineConfig
+from engine.config import CollectivesConfig, EngineConfig
 from kv_transfer.config import TransferConfig
 from mesh.worker_main import Serve, worker_main
 
@@ -15,5 +15,13 @@ def load_serve() -> Serve:
 
 if __name__ == "__main__":
     sys.exit(
-        worker_main("prefill", {"engine": EngineConfig, "transfer": TransferConfig}, load_serve)
+        worker_main(
+            "prefill",
+            {
+                "engine": EngineConfig,
+                "transfer": TransferConfig,
+                "collectives": CollectivesConfig,
+            },
+            load_serve,
+        )
     )

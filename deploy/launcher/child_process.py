@@ -1,25 +1,20 @@
-"""One process of the mesh: started, watched, started again after a crash, stopped."""
+"""One service of the mesh, of one process or one for each rank: started, watched, restarted."""
 
 import asyncio
-import contextlib
 import logging
-import os
-import signal
-import sys
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy import child
+from deploy.launcher.os_process import OsProcess, describe_exit
 from deploy.launcher.ready_file import ProcessState, ReadyRecord, read_ready_file
 from engine.errors import IsthmusError
 
 logger = logging.getLogger(__name__)
 
 _READY_POLL_S = 0.02
-_NUM_KEPT_LINES = 40
-_ERROR_PREFIX = "error: "
+_GROUP_END_S = 2.0
+"""Once a rank has ended, how long the others have to say so and end by themselves."""
 
 
 class StartError(IsthmusError):
@@ -28,7 +23,7 @@ class StartError(IsthmusError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backoff:
-    """Pause before a crashed process is started again: doubles; a calm time resets it."""
+    """Pause before a crashed service is started again: doubles; a calm time resets it."""
 
     first_s: float = 0.25
     longest_s: float = 15.0
@@ -40,17 +35,18 @@ class Backoff:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChildSpec:
-    """How one process is run."""
+    """How one service is run."""
 
     name: str
     role: str
     command: Callable[[ReadyRecord | None], Sequence[str]]
-    """The command line, given what the process said when it was last ready: a gateway started
+    """The command line, given what the service said when it was last ready: a gateway started
     again must listen on the same ports."""
-    environment: Mapping[str, str]
+    environments: Callable[[], Sequence[Mapping[str, str]]]
+    """One for each rank, asked for at each start; the first rank is the one that serves."""
     inherited_fds: tuple[int, ...] = ()
     wait_ready: Callable[[int], Awaitable[ReadyRecord]]
-    """Returns once the process with this pid serves; cancelled if it ends first."""
+    """Returns once the first rank, with this pid, serves; cancelled if any rank ends first."""
     ready_timeout_s: float
     drain_s: float
     """Time from SIGTERM to SIGKILL."""
@@ -67,7 +63,10 @@ async def ready_file_written(path: Path, pid: int) -> ReadyRecord:
 
 
 class ChildProcess:
-    """Runs a ChildSpec. `start`, then `keep` until cancelled, then `stop`."""
+    """Runs a ChildSpec. `start`, then `keep` until cancelled, then `stop`.
+
+    Its ranks live and die together: the end of any one ends the others.
+    """
 
     def __init__(
         self,
@@ -81,20 +80,19 @@ class ChildProcess:
         self.num_restarts = 0
         self._on_change = on_change
         self._on_output = on_output
-        self._process: asyncio.subprocess.Process | None = None
-        self._reader: asyncio.Task[None] | None = None
-        self._last_lines: deque[str] = deque(maxlen=_NUM_KEPT_LINES)
+        self._ranks: list[OsProcess] = []
 
     @property
     def is_running(self) -> bool:
-        return self._process is not None and self._process.returncode is None
+        return bool(self._ranks) and all(rank.returncode is None for rank in self._ranks)
 
     @property
     def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+        """Of the first rank."""
+        return self._ranks[0].pid if self._ranks else None
 
     def state(self) -> ProcessState | None:
-        """The entry for the state file; None while the process is not serving."""
+        """The entry for the state file; None while the service does not serve."""
         if self.ready is None or not self.is_running or self.ready.pid != self.pid:
             return None  # self.ready outlives the process that said it
         return ProcessState(
@@ -103,20 +101,20 @@ class ChildProcess:
             pid=self.ready.pid,
             addresses=self.ready.addresses,
             num_restarts=self.num_restarts,
+            rank_pids=tuple(rank.pid for rank in self._ranks),
         )
 
     async def start(self) -> None:
-        """Start the process and return once it serves.
+        """Start every rank and return once the service serves.
 
         Raises:
-            StartError: it ended or was silent for too long; nothing of it is left.
+            StartError: a rank ended or all were silent for too long; nothing of it is left.
         """
-        process = await self._spawn()
-        ended = asyncio.create_task(process.wait(), name=f"{self.spec.name}-exit")
-        ready = asyncio.ensure_future(self.spec.wait_ready(process.pid))
+        await self._spawn()
+        ready = asyncio.ensure_future(self.spec.wait_ready(self._ranks[0].pid))
         try:
             await asyncio.wait(
-                (ended, ready),
+                (ready, *(rank.exited for rank in self._ranks)),
                 timeout=self.spec.ready_timeout_s,
                 return_when=asyncio.FIRST_COMPLETED,
             )
@@ -125,17 +123,17 @@ class ChildProcess:
             self.ready = ready.result()
             self._on_change()
         finally:
-            ended.cancel()
             ready.cancel()
 
     async def keep(self) -> None:
-        """Start the process again whenever it ends; runs until cancelled."""
+        """Start the service again whenever a rank ends; runs until cancelled."""
         num_crashes = 0
         loop = asyncio.get_running_loop()
         while True:
-            assert self._process is not None, "keep() before start()"
+            assert self._ranks, "keep() before start()"
             started_s = loop.time()
-            code = await self._process.wait()
+            await self._one_ended()
+            ended = next(rank for rank in self._ranks if rank.returncode is not None)
             if loop.time() - started_s > self.spec.backoff.calm_s:
                 num_crashes = 0
             num_crashes += 1
@@ -143,13 +141,14 @@ class ChildProcess:
             self._on_change()
             pause_s = self.spec.backoff.after(num_crashes)
             logger.warning(
-                "%s (pid %d) %s; starting it again in %.2f s (restart %d)\n%s",
-                self.spec.name,
-                self._process.pid,
-                describe_exit(code),
+                "%s (pid %d) %s; starting %s again in %.2f s (restart %d)\n%s",
+                ended.name,
+                ended.pid,
+                describe_exit(ended.exited.result()),
+                "it" if len(self._ranks) == 1 else f"all {len(self._ranks)} ranks",
                 pause_s,
                 self.num_restarts,
-                await self._last_words(),
+                await self._end_all(),
             )
             await asyncio.sleep(pause_s)
             try:
@@ -160,91 +159,69 @@ class ChildProcess:
                 logger.warning("%s serves again", self.spec.name)
 
     async def stop(self, *, hurry: asyncio.Event) -> None:
-        """SIGTERM, then SIGKILL after the drain time or as soon as `hurry` is set; reap it."""
-        process = self._process
-        if process is None:
+        """SIGTERM, then SIGKILL after the drain time or as soon as `hurry` is set; reap all.
+
+        The first rank gets the signal: the others end when it does.
+        """
+        if not self._ranks:
             return
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-            await _first_of(process.wait(), hurry.wait(), timeout_s=self.spec.drain_s)
-            if process.returncode is None and not hurry.is_set():
+        first = self._ranks[0]
+        if first.returncode is None:
+            first.terminate()
+            await _first_of(asyncio.shield(first.exited), hurry.wait(), timeout_s=self.spec.drain_s)
+            if first.returncode is None and not hurry.is_set():
                 logger.warning("%s did not drain within %.0f s", self.spec.name, self.spec.drain_s)
-        self._kill_session(process)
-        await process.wait()
-        await self._finish_output()
+        if not hurry.is_set():
+            await self._wait_for_ranks()
+        for rank in self._ranks:
+            await rank.kill()
 
-    async def _spawn(self) -> asyncio.subprocess.Process:
-        self._last_lines.clear()
-        wrapper = (sys.executable, "-S", "-E", child.__file__, str(os.getpid()))
-        # NOTE: the death signal belongs to the thread that forks, so this must be the main thread.
-        process = await asyncio.create_subprocess_exec(
-            *wrapper,
-            *self.spec.command(self.ready),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=dict(self.spec.environment),
-            pass_fds=self.spec.inherited_fds,
-        )
-        self._process = process
-        assert process.stdout is not None, "asked for a pipe"
-        self._reader = asyncio.create_task(
-            self._read_output(process.stdout), name=f"{self.spec.name}-output"
-        )
-        return process
+    async def _spawn(self) -> None:
+        command = self.spec.command(self.ready)
+        environments = self.spec.environments()
+        name = self.spec.name
+        self._ranks = []
+        for index, environment in enumerate(environments):
+            process = await OsProcess.start(
+                name if len(environments) == 1 else f"{name} rank {index}",
+                command,
+                environment,
+                inherited_fds=self.spec.inherited_fds,
+                on_output=self._on_output,
+            )
+            self._ranks.append(process)
 
-    async def _read_output(self, stream: asyncio.StreamReader) -> None:
-        rest = b""
-        while chunk := await stream.read(1 << 16):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                self._take_line(line)
-        if rest:
-            self._take_line(rest)
+    async def _one_ended(self) -> None:
+        exits = [rank.exited for rank in self._ranks]
+        await asyncio.wait(exits, return_when=asyncio.FIRST_COMPLETED)
 
-    def _take_line(self, line: bytes) -> None:
-        text = line.decode(errors="replace").rstrip()
-        self._last_lines.append(text)
-        self._on_output(self.spec.name, text)
+    async def _wait_for_ranks(self) -> None:
+        """Give the other ranks of one that has ended a moment: rank 0 tells whom it was serving."""
+        await asyncio.wait([rank.exited for rank in self._ranks], timeout=_GROUP_END_S)
+
+    async def _end_all(self) -> str:
+        """Leave nothing of the service running; returns the last words of each rank."""
+        await self._wait_for_ranks()
+        for rank in self._ranks:
+            await rank.kill()
+        words = [await rank.last_words() for rank in self._ranks]
+        return "\n".join(part for part in words if part)
 
     async def _start_error(self) -> StartError:
-        process = self._process
-        assert process is not None, "called by start()"
         name = self.spec.name
-        if process.returncode is None:
+        ended = [rank for rank in self._ranks if rank.returncode is not None]
+        if not ended:
             reason = f"{name} was not ready within {self.spec.ready_timeout_s:g} s"
+            for rank in self._ranks:
+                await rank.kill()
         else:
-            reason = f"{name} could not start: it {describe_exit(process.returncode)}"
-        self._kill_session(process)
-        await process.wait()
-        last_words = await self._last_words()
-        if told := self._told_error():
-            return StartError(f"{name} could not start: {told}")
+            code = ended[0].exited.result()
+            reason = f"{ended[0].name} could not start: it {describe_exit(code)}"
+        last_words = await self._end_all()
+        for rank in [*ended, *self._ranks]:
+            if told := await rank.told_error():
+                return StartError(f"{rank.name} could not start: {told}")
         return StartError(f"{reason}\n{last_words}".rstrip())
-
-    def _told_error(self) -> str:
-        """The line in which a service says why it ends (mesh.process.report_failure)."""
-        lines = [line for line in self._last_lines if line.startswith(_ERROR_PREFIX)]
-        return lines[-1].removeprefix(_ERROR_PREFIX) if lines else ""
-
-    async def _last_words(self) -> str:
-        await self._finish_output()
-        return "\n".join(f"  {self.spec.name}: {line}" for line in self._last_lines if line)
-
-    async def _finish_output(self) -> None:
-        """Read to the end of the pipe, unless a grandchild still holds it open."""
-        if self._reader is not None:
-            await asyncio.wait((self._reader,), timeout=1.0)
-            self._reader.cancel()
-
-    @staticmethod
-    def _kill_session(process: asyncio.subprocess.Process) -> None:
-        """Kill the process and whatever it started: each child leads a session of its own."""
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 async def _first_of(*waits: Awaitable[object], timeout_s: float) -> None:
@@ -254,13 +231,3 @@ async def _first_of(*waits: Awaitable[object], timeout_s: float) -> None:
     finally:
         for task in tasks:
             task.cancel()
-
-
-def describe_exit(code: int) -> str:
-    """A return code in words: "exited with status 2", "was killed by SIGSEGV"."""
-    if code >= 0:
-        return f"exited with status {code}"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deploy.launcher import programs, redis_server
 from deploy.launcher.child_process import ChildProcess, ChildSpec, StartError
-from deploy.launcher.free_port import check_port
+from deploy.launcher.free_port import check_port, reserve_port
 from deploy.launcher.mesh_config import MeshConfig
 from deploy.launcher.pool_view import pools_seen
 from deploy.launcher.ready_file import ProcessState, write_state_file
@@ -93,11 +93,13 @@ async def running_mesh(
         run_dir = stack.enter_context(run_directory())
         core_share_fd = create_core_share()
         stack.callback(os.close, core_share_fd)
+        ports = stack.enter_context(contextlib.ExitStack())
         place = programs.MeshPlace(
             config=config,
             run_dir=run_dir,
             redis_url=config.redis_url or redis_server.redis_url(run_dir),
             core_share_fd=core_share_fd,
+            reserve_port=lambda: reserve_port(programs.HOST, ports),
         )
         mesh, tiers = _new_mesh(place, events)
         stack.callback(mesh.remove_state)

@@ -4,6 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.parallel.layout import ParallelLayout
+from engine.runtime.core_share import MAX_WORKERS
+
+_ONE_RANK = ParallelLayout()
 WORKER_ROLES = ("prefill", "decode")
 _PROGRAMS = {
     "prefill": ("-m", "prefill_worker"),
@@ -23,6 +27,9 @@ class MeshConfig:
     http_port: int = 8000
     """0 picks a free one, as for grpc_port."""
     grpc_port: int = 50051
+    prefill_parallel: ParallelLayout = _ONE_RANK
+    """Ranks of each prefill worker, by axis."""
+    decode_parallel: ParallelLayout = _ONE_RANK
     redis_url: str = ""
     """Empty: a private Redis is started."""
     dtype: str = "auto"
@@ -44,6 +51,25 @@ class MeshConfig:
                 raise ValueError(f"{flag} must be in [0, 65535], got {port}")
         if self.http_port == self.grpc_port != 0:
             raise ValueError(f"--http-port and --grpc-port are both {self.http_port}")
+
+        if self.num_ranks > MAX_WORKERS:
+            raise ValueError(
+                f"--prefill {self.num_prefill} workers of {self.prefill_parallel} and --decode "
+                f"{self.num_decode} of {self.decode_parallel} are {self.num_ranks} processes; "
+                f"one host runs at most {MAX_WORKERS}"
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of all workers together."""
+        return (
+            self.num_prefill * self.prefill_parallel.num_ranks
+            + self.num_decode * self.decode_parallel.num_ranks
+        )
+
+    def parallel(self, role: str) -> ParallelLayout:
+        """The layout of each worker of a role."""
+        return self.prefill_parallel if role == "prefill" else self.decode_parallel
 
     @property
     def worker_names(self) -> list[str]:

@@ -26,6 +26,8 @@ class MeshPlace:
     run_dir: Path
     redis_url: str
     core_share_fd: int
+    reserve_port: Callable[[], int]
+    """A port of HOST that nobody else gets while the mesh is up."""
 
 
 def redis_spec(place: MeshPlace) -> ChildSpec:
@@ -49,7 +51,7 @@ def redis_spec(place: MeshPlace) -> ChildSpec:
         name="redis",
         role="redis",
         command=lambda _: redis_server.redis_command(binary, place.run_dir),
-        environment=dict(os.environ),
+        environments=lambda: [dict(os.environ)],
         wait_ready=answers,
         ready_timeout_s=10.0,
         drain_s=_KILL_AFTER_S,
@@ -57,27 +59,60 @@ def redis_spec(place: MeshPlace) -> ChildSpec:
 
 
 def worker_specs(place: MeshPlace) -> list[ChildSpec]:
-    """Prefill workers, then decode workers, each with its home cores."""
+    """Prefill workers, then decode workers, each rank with its home cores."""
     config = place.config
-    homes = split_cores(usable_cores(), len(config.worker_names))
+    homes = split_cores(usable_cores(), config.num_ranks)
     specs = []
-    for slot, (name, home) in enumerate(zip(config.worker_names, homes, strict=True)):
+    first_slot = 0
+    for name in config.worker_names:
+        role = name.partition("-")[0]
+        layout = config.parallel(role)
+        slots = range(first_slot, first_slot + layout.num_ranks)
+        first_slot = slots.stop
         flags = (
             *("--host", HOST, "--port", "0", "--dtype", config.dtype, "--device", config.device),
-            *("--home-cores", ",".join(map(str, home))),
-            *("--core-share-fd", str(place.core_share_fd), "--core-share-slot", str(slot)),
+            *("--parallel", str(layout), "--core-share-fd", str(place.core_share_fd)),
         )
+        ranks = [_rank_environment(slot, homes[slot]) for slot in slots]
         specs.append(
             _service_spec(
                 place,
                 name=name,
-                role=name.partition("-")[0],
+                role=role,
                 flags=_always(flags),
-                environment=thread_environment(len(home)),
+                environments=_group_environments(place, ranks),
                 inherited_fds=(place.core_share_fd,),
             )
         )
     return specs
+
+
+def _rank_environment(slot: int, home: Sequence[int]) -> dict[str, str]:
+    """What differs among the ranks of a worker, besides their numbers."""
+    return {
+        **thread_environment(len(home)),
+        "ISTHMUS_WORKER__HOME_CORES": ",".join(map(str, home)),
+        "ISTHMUS_WORKER__CORE_SHARE_SLOT": str(slot),
+    }
+
+
+def _group_environments(
+    place: MeshPlace, ranks: Sequence[Mapping[str, str]]
+) -> Callable[[], Sequence[Mapping[str, str]]]:
+    """Environments by which the ranks of a worker find each other; a worker of one rank is alone.
+
+    The port at which they meet is kept from others as long as the mesh is up.
+    """
+    if len(ranks) == 1:
+        return lambda: ranks
+    port = place.reserve_port()
+    size = str(len(ranks))
+    common = {"WORLD_SIZE": size, "MASTER_ADDR": HOST, "MASTER_PORT": str(port)}
+    numbered = [
+        {**common, **rank, "RANK": str(index), "LOCAL_RANK": str(index), "LOCAL_WORLD_SIZE": size}
+        for index, rank in enumerate(ranks)
+    ]
+    return lambda: numbered
 
 
 def gateway_spec(place: MeshPlace) -> ChildSpec:
@@ -95,7 +130,7 @@ def gateway_spec(place: MeshPlace) -> ChildSpec:
         name="gateway",
         role="gateway",
         flags=flags,
-        environment=thread_environment(1),
+        environments=lambda: [thread_environment(1)],
         inherited_fds=(),
     )
 
@@ -110,7 +145,7 @@ def _service_spec(
     name: str,
     role: str,
     flags: Callable[[ReadyRecord | None], Sequence[str]],
-    environment: Mapping[str, str],
+    environments: Callable[[], Sequence[Mapping[str, str]]],
     inherited_fds: tuple[int, ...],
 ) -> ChildSpec:
     config, ready_file = place.config, place.run_dir / f"{name}.json"
@@ -127,7 +162,7 @@ def _service_spec(
         name=name,
         role=role,
         command=command,
-        environment={**os.environ, **environment},
+        environments=lambda: [{**os.environ, **each} for each in environments()],
         inherited_fds=inherited_fds,
         wait_ready=lambda pid: ready_file_written(ready_file, pid),
         ready_timeout_s=config.ready_timeout_s,

@@ -29,6 +29,8 @@ class ProcessState:
     pid: int
     addresses: Mapping[str, str]
     num_restarts: int
+    rank_pids: tuple[int, ...] = ()
+    """The processes of the service: `pid` first, then the worker's other ranks."""
 
 
 def read_ready_file(path: Path) -> ReadyRecord | None:

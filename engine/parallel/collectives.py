@@ -1,34 +1,13 @@
 """What the ranks of one axis can do together; implementations differ by how bytes travel."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from engine.config import CollectivesConfig
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CollectivesConfig:
-    """Time-outs and buffers of a rank group."""
-
-    collective_timeout_s: float = 30.0
-    """The longest wait for another rank in one collective; then the group is given up."""
-    join_timeout_s: float = 300.0
-    """The longest wait for all ranks to start."""
-    collective_buffer_bytes: int = 256 * 1024
-    """Shared memory a rank writes at a time; larger tensors go in pieces. Twice this a rank."""
-    has_shared_memory: bool = True
-    """Ranks of one host exchange through memory; else over TCP, as with other hosts."""
-    mailbox_bytes: int = 4 * 1024 * 1024
-    """Shared memory from one rank to another; a send that fits does not wait for its receiver."""
-
-    def __post_init__(self) -> None:
-        for name in ("collective_timeout_s", "join_timeout_s"):
-            if not 0 < getattr(self, name) <= 1e6:
-                raise ValueError(f"{name} must be in (0, 1e6], got {getattr(self, name)}")
-        for name in ("collective_buffer_bytes", "mailbox_bytes"):
-            if not 64 * 1024 <= getattr(self, name) <= 1 << 30:
-                raise ValueError(f"{name} must be in [65536, 2**30], got {getattr(self, name)}")
+__all__ = ["Collectives", "CollectivesConfig"]
 
 
 class Collectives(Protocol):

@@ -1,12 +1,14 @@
 """From a checkpoint and a configuration to an engine: the one door for workers."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
 from engine.checkpoint.config import ModelConfig
+from engine.checkpoint.digest import model_digest
 from engine.checkpoint.read import read_config
 from engine.config import EngineConfig
 from engine.kernels import choose_kernels
@@ -14,11 +16,18 @@ from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.pool import KvPool
 from engine.kv_cache.pool_plan import plan_kv_pool
 from engine.models.build import load_model, resolve_dtype
+from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import ParallelAxes
+from engine.parallel.rank_group import RankGroup
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine import Engine
+from engine.runtime.follower import Follower
+from engine.runtime.group_runner import GroupRunner
+from engine.runtime.membership import Membership
 from engine.runtime.model_executor import ModelExecutor
-from engine.runtime.runner import ModelRunner
+from engine.runtime.rank_message import Facts, RankTimes, max_step_bytes
+from engine.runtime.rank_runner import RankRunner
+from engine.runtime.runner import ModelRunner, StepRunner
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.scheduler import Scheduler
 
@@ -29,8 +38,14 @@ class ModelEngine(Engine[ModelExecutor]):
     """An engine on a model, with what workers need to know of it."""
 
     @property
-    def runner(self) -> ModelRunner:
+    def runner(self) -> StepRunner:
         return self.executor.runner
+
+    @property
+    def rank_times(self) -> list[RankTimes]:
+        """Of each rank of a worker with several; any thread may ask."""
+        runner = self.executor.runner
+        return runner.times if isinstance(runner, GroupRunner) else []
 
     @property
     def kv_pool(self) -> KvPool:
@@ -54,31 +69,138 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+@dataclass(frozen=True, slots=True)
+class _LoadedRank:
+    """One rank's model, and the memory that it has for KV."""
+
+    model: CausalLM
+    layout: KvLayout
+    device: torch.device
+    max_context_tokens: int
+    num_blocks: int
+
+    def limits(self, num_blocks: int) -> EngineLimits:
+        return EngineLimits(
+            vocab_size=self.model.config.vocab_size,
+            max_context_tokens=self.max_context_tokens,
+            num_blocks=num_blocks,
+            block_size_tokens=self.layout.block_size_tokens,
+        )
+
+    def runner(self, num_blocks: int) -> ModelRunner:
+        return ModelRunner(self.model, KvPool(self.layout, num_blocks, self.device), self.device)
+
+
 def build_engine(
     model_path: Path,
     config: EngineConfig,
     *,
-    axes: ParallelAxes | None = None,
     cores: CoreShare | None = None,
+    membership: Membership | None = None,
 ) -> ModelEngine:
     """Load a model, size its KV pool and put an engine together; `Engine.prepare` warms it up.
 
     Args:
         model_path: a Hugging Face directory or a .gguf file.
         config: what the operator asked for.
-        axes: this rank's place; None is one rank alone.
         cores: who else computes on this host; None is nobody.
+        membership: of rank 0; None is one rank alone. Its followers are closed with the engine.
 
     Raises:
         CheckpointError: the model cannot be loaded.
         KvPoolTooSmallError: no sequence fits; the text names what to change.
+        RankGroupError: another rank failed; the text names it.
+        LayoutMismatchError: another rank was started differently.
     """
-    axes = axes or ParallelAxes.single()
     cores = cores or CoreShare.alone(config.num_threads)
+    runner: StepRunner
+    if membership is None:
+        loaded = _load_rank(model_path, config, cores, None)
+        limits = loaded.limits(loaded.num_blocks)
+        runner = loaded.runner(limits.num_blocks)
+    else:
+        followers = membership.followers
+        assert followers is not None, "only rank 0 has an engine"
+        try:
+            loaded = _load_rank(model_path, config, cores, membership.group)
+            facts = _facts(model_path, config, loaded, membership.group)
+        except Exception as error:
+            followers.refuse(f"rank 0 failed: {error}")
+            raise
+        num_blocks = followers.agree(facts, timeout_s=membership.config.join_timeout_s)
+        limits = loaded.limits(num_blocks)
+        runner = GroupRunner(
+            RankRunner(loaded.runner(num_blocks), membership.group),
+            followers,
+            micro_batch_overhead_tokens=config.micro_batch_overhead_tokens,
+            num_micro_batches=config.num_micro_batches,
+        )
+    scheduler = Scheduler(
+        limits,
+        max_num_sequences=config.max_num_sequences,
+        eos_token_ids=loaded.model.config.eos_token_ids,
+        has_prefix_cache=config.has_prefix_cache,
+        hash_salt_of=loaded.model.config.rope_salt,
+    )
+    executor = ModelExecutor(
+        runner,
+        eos_token_ids=loaded.model.config.eos_token_ids,
+        max_num_tokens=config.max_num_batched_tokens,
+    )
+    return ModelEngine(
+        scheduler,
+        executor,
+        cores,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        shared_step_tokens_per_thread=(
+            config.shared_step_tokens_per_thread if loaded.device.type == "cpu" else None
+        ),
+    )
+
+
+def build_follower(
+    model_path: Path,
+    config: EngineConfig,
+    *,
+    membership: Membership,
+    cores: CoreShare | None = None,
+) -> Follower:
+    """Load the part of a model that any rank but 0 holds; `Follower.run` computes.
+
+    Raises:
+        CheckpointError: the model cannot be loaded; rank 0 has been told.
+        KvPoolTooSmallError: no sequence fits; rank 0 has been told.
+        LayoutMismatchError: rank 0 refuses; the text says why.
+        RankDeadError: rank 0 is gone.
+    """
+    leader = membership.leader
+    assert leader is not None, "rank 0 does not follow"
+    cores = cores or CoreShare.alone(config.num_threads)
+    try:
+        loaded = _load_rank(model_path, config, cores, membership.group)
+        facts = _facts(model_path, config, loaded, membership.group)
+    except Exception as error:
+        leader.tell_failure(error)
+        raise
+    limits = loaded.limits(leader.agree(facts))
+    leader.expect(max_step_bytes(limits, config.max_num_batched_tokens, config.max_num_sequences))
+    return Follower(
+        RankRunner(loaded.runner(limits.num_blocks), membership.group),
+        leader,
+        cores,
+        limits,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
+
+
+def _load_rank(
+    model_path: Path, config: EngineConfig, cores: CoreShare, group: RankGroup | None
+) -> _LoadedRank:
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, read_config(model_path))
     kernels = choose_kernels(device, dtype, cores.most_threads)
     dtype_name = str(dtype).removeprefix("torch.")
+    axes = ParallelAxes.single() if group is None else group.axes
     model = load_model(model_path, dtype=dtype_name, device=device, kernels=kernels, axes=axes)
     max_context_tokens = _max_context_tokens(model.config, config)
     layout = KvLayout(
@@ -102,33 +224,19 @@ def build_engine(
         plan.num_bytes,
         plan.num_blocks * layout.block_size_tokens,
     )
-    limits = EngineLimits(
-        vocab_size=model.config.vocab_size,
-        max_context_tokens=max_context_tokens,
-        num_blocks=plan.num_blocks,
+    return _LoadedRank(model, layout, device, max_context_tokens, plan.num_blocks)
+
+
+def _facts(model_path: Path, config: EngineConfig, loaded: _LoadedRank, group: RankGroup) -> Facts:
+    return Facts(
+        layout=str(group.layout),
+        model_digest=model_digest(model_path),
+        dtype=loaded.layout.dtype,
         block_size_tokens=config.block_size_tokens,
-    )
-    scheduler = Scheduler(
-        limits,
-        max_num_sequences=config.max_num_sequences,
-        eos_token_ids=model.config.eos_token_ids,
-        has_prefix_cache=config.has_prefix_cache,
-        hash_salt_of=model.config.rope_salt,
-    )
-    runner = ModelRunner(model, KvPool(layout, plan.num_blocks, device), device, axes.pp)
-    executor = ModelExecutor(
-        runner,
-        eos_token_ids=model.config.eos_token_ids,
-        max_num_tokens=config.max_num_batched_tokens,
-    )
-    return ModelEngine(
-        scheduler,
-        executor,
-        cores,
+        max_context_tokens=loaded.max_context_tokens,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        shared_step_tokens_per_thread=(
-            config.shared_step_tokens_per_thread if device.type == "cpu" else None
-        ),
+        max_num_sequences=config.max_num_sequences,
+        num_blocks=loaded.num_blocks,
     )
 
 

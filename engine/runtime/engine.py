@@ -1,6 +1,7 @@
 """One engine: a scheduler and what computes its plans. Synchronous, one thread; no torch here."""
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -85,6 +86,13 @@ class StepEngine(Protocol):
     def rest(self) -> None:
         """Called when the engine is going to wait: others may use its cores."""
 
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """Called before `prepare`.
+
+        `on_failure` may be called once, from any thread, when the engine has become unable to go
+        on while no step runs: another rank's process is gone.
+        """
+
     def close(self) -> None:
         """Free what it holds; nothing is called afterwards."""
 
@@ -106,6 +114,9 @@ class PlanExecutor(Protocol):
 
     def forget(self, request_id: str) -> None:
         """Drop what is remembered of a sequence that has ended; unknown ids are fine."""
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """As `StepEngine.watch`."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -187,6 +198,9 @@ class Engine(Generic[Executor]):
 
     def rest(self) -> None:
         self._cores.rest()
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        self.executor.watch(on_failure)
 
     def close(self) -> None:
         self._cores.close()

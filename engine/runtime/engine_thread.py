@@ -43,6 +43,8 @@ from engine.runtime.engine import (
 logger = logging.getLogger(__name__)
 
 _Answer = int | Reservation | IsthmusError | None
+_Item = tuple[int, Command] | Exception | None
+"""A numbered command, what the engine dies of, or the end."""
 
 
 class EngineThread:
@@ -62,7 +64,7 @@ class EngineThread:
         self.dead = asyncio.Event()
         self._engine = engine
         self._unclaimed_commit_timeout_s = unclaimed_commit_timeout_s
-        self._commands: SimpleQueue[tuple[int, Command] | None] = SimpleQueue()
+        self._commands: SimpleQueue[_Item] = SimpleQueue()
         self._modes: dict[str, SequenceMode] = {}
         self._sinks: dict[str, EventSink] = {}
         self._ending: dict[str, int] = {}
@@ -78,6 +80,7 @@ class EngineThread:
         """Start the thread and wait until the engine is warm; its error is raised here."""
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
+        self._engine.watch(self._commands.put)
         self._thread.start()
         await self._ready
         return self
@@ -87,6 +90,11 @@ class EngineThread:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
         self._fail_all(EngineDeadError("the engine is stopped"))
+
+    @property
+    def death(self) -> EngineDeadError | None:
+        """Why the thread is dead; it names the rank where one is to blame."""
+        return self._death
 
     # RequestEngine, on the loop.
 
@@ -239,7 +247,10 @@ class EngineThread:
             future.set_result(reply.result)
 
     def _die(self, cause: BaseException) -> None:
-        self._fail_all(EngineDeadError(f"the engine thread died: {type(cause).__name__}"))
+        if isinstance(cause, EngineDeadError):
+            self._fail_all(cause)
+        else:
+            self._fail_all(EngineDeadError(f"the engine thread died: {type(cause).__name__}"))
         self.dead.set()
 
     def _fail_all(self, error: EngineDeadError) -> None:
@@ -288,6 +299,8 @@ class EngineThread:
             for item in commands:
                 if item is None:
                     return
+                if isinstance(item, Exception):
+                    raise item
                 outputs += self._engine.apply(*item)
             if outputs:
                 self._post(self._deliver, outputs)
@@ -296,7 +309,7 @@ class EngineThread:
             if stepped:
                 self._post(self._deliver, stepped)
 
-    def _take_commands(self, *, is_waiting: bool) -> list[tuple[int, Command] | None]:
+    def _take_commands(self, *, is_waiting: bool) -> list[_Item]:
         commands = [self._commands.get()] if is_waiting else []
         try:
             while True:

@@ -1,11 +1,12 @@
 """Computes step plans on a real model: forward pass, then sampling; implements PlanExecutor."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
 
 from engine.runtime.allocator import keep_freed_memory
-from engine.runtime.runner import ModelRunner
+from engine.runtime.runner import StepRunner
 from engine.runtime.warm_up import warm_up
 from engine.sampling.history import SamplerState
 from engine.sampling.sampler import SampleRow, sample
@@ -17,7 +18,7 @@ class ModelExecutor:
     """Owns the model, the KV pool and what the sampler remembers of each sequence."""
 
     def __init__(
-        self, runner: ModelRunner, *, eos_token_ids: frozenset[int], max_num_tokens: int
+        self, runner: StepRunner, *, eos_token_ids: frozenset[int], max_num_tokens: int
     ) -> None:
         self.runner = runner
         self._eos_token_ids = eos_token_ids
@@ -43,8 +44,11 @@ class ModelExecutor:
     def forget(self, request_id: str) -> None:
         self._states.pop(request_id, None)
 
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        self.runner.watch(on_failure)
+
     def close(self) -> None:
-        self.runner.pool.close()
+        self.runner.close()
 
     def _state(self, sequence: Sequence) -> SamplerState:
         state = self._states.get(sequence.request_id)

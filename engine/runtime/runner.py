@@ -4,7 +4,9 @@ Shape suffixes: T tokens of this step, B sequences, W blocks per sequence, D mod
 V vocabulary.
 """
 
+from collections.abc import Callable
 from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +18,27 @@ from engine.parallel.axes import AxisGroup
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
 _WIDTH_STEP = 8  # block tables grow by so many columns, so that their shapes repeat
+
+
+class StepRunner(Protocol):
+    """Computes plans: `ModelRunner` on one rank, `GroupRunner` on rank 0 of several."""
+
+    @property
+    def model(self) -> CausalLM:
+        """This rank's."""
+
+    @property
+    def pool(self) -> KvPool:
+        """This rank's."""
+
+    def run(self, plan: StepPlan, num_threads: int) -> torch.Tensor:
+        """Compute the plan's chunks; returns logits_BV, float32, one row a drawing chunk."""
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """Have `on_failure` called, on any thread, if it becomes unable to go on between steps."""
+
+    def close(self) -> None:
+        """Free what it holds."""
 
 
 class ModelRunner:
@@ -67,6 +90,12 @@ class ModelRunner:
             device=self._device,
         )
         return self._pipeline.receive(residual_TD, self._pipeline.rank - 1)
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        """Nothing happens between steps."""
+
+    def close(self) -> None:
+        self.pool.close()
 
 
 def step_batch(

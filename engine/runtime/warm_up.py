@@ -3,7 +3,7 @@
 import torch
 
 from engine.request import SamplingParams
-from engine.runtime.runner import ModelRunner
+from engine.runtime.runner import StepRunner
 from engine.sampling.history import SamplerState
 from engine.sampling.sampler import SampleRow, sample
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
@@ -11,7 +11,7 @@ from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 _DECODE_BATCHES = (1, 8)
 
 
-def warm_up(runner: ModelRunner, *, max_num_tokens: int, num_threads: int) -> None:
+def warm_up(runner: StepRunner, *, max_num_tokens: int, num_threads: int) -> None:
     """Run one prefill of the largest chunk and some decode steps on blocks that nobody holds.
 
     What it leaves in the pool is never read: no block is registered in the prefix cache.
@@ -27,7 +27,7 @@ def warm_up(runner: ModelRunner, *, max_num_tokens: int, num_threads: int) -> No
         torch.cuda.synchronize()
 
 
-def _run(runner: ModelRunner, query_lens: list[int], *, num_threads: int) -> None:
+def _run(runner: StepRunner, query_lens: list[int], *, num_threads: int) -> None:
     block_size = runner.pool.layout.block_size_tokens
     chunks: list[ScheduledChunk] = []
     next_block = 0

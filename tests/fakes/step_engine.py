@@ -1,6 +1,7 @@
 """An Engine without a model: the fake engine's tokens, and a gate that tests hold."""
 
 import threading
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from engine.runtime.core_share import CoreShare
@@ -43,6 +44,9 @@ class FakeExecutor:
 
     def forget(self, request_id: str) -> None:
         self.forgotten.append(request_id)
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        self.fail = on_failure
 
     def close(self) -> None:
         self.is_closed = True

@@ -15,6 +15,7 @@ from deploy.launcher.child_process import StartError
 from deploy.launcher.mesh import MeshEvents, running_mesh
 from deploy.launcher.mesh_config import MeshConfig
 from engine.errors import PeerUnavailableError
+from engine.parallel.layout import ParallelLayout
 from tests.fakes.fake_up import fake_programs
 
 REPOSITORY = Path(__file__).parents[2]
@@ -127,6 +128,55 @@ async def test_a_crashed_service_is_started_again(tmp_path, role) -> None:
             e for e in json.loads((tmp_path / "state.json").read_text()) if e["name"] == name
         )
         assert (entry["pid"], entry["num_restarts"]) == (after.pid, 1)
+
+
+GROUPS = {"prefill_parallel": ParallelLayout(tp=2), "decode_parallel": ParallelLayout(tp=3)}
+
+
+def rank_pids(mesh, name) -> tuple[int, ...]:
+    return next((state.rank_pids for state in mesh.states() if state.name == name), ())
+
+
+async def test_a_worker_has_a_process_for_each_rank_and_all_end_in_order(tmp_path) -> None:
+    config = config_for(tmp_path, **GROUPS)
+    async with running_mesh(config, QUIET, hurry=asyncio.Event()) as mesh:
+        assert [len(rank_pids(mesh, name)) for name in ("prefill-0", "decode-0")] == [2, 3]
+        assert rank_pids(mesh, "decode-0")[0] == pids(mesh)["decode-0"]
+        followers = sorted(line for line in logged(tmp_path) if " rank " in line)
+        assert [line.partition(" cores")[0] for line in followers] == [
+            "decode rank 1",
+            "decode rank 2",
+            "prefill rank 1",
+        ]
+        started = [pid for name in config.worker_names for pid in rank_pids(mesh, name)]
+    assert not any(psutil.pid_exists(pid) for pid in started)
+    assert [line for line in logged(tmp_path) if "decode" in line][-2:] == [
+        "decode draining",
+        "decode stopped",
+    ]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+async def test_the_death_of_any_rank_restarts_all_of_its_worker(tmp_path, rank) -> None:
+    async with running_mesh(config_for(tmp_path, **GROUPS), QUIET, hurry=asyncio.Event()) as mesh:
+        before, others = rank_pids(mesh, "decode-0"), rank_pids(mesh, "prefill-0")
+        os.kill(before[rank], signal.SIGKILL)
+        await until(lambda: any(s.name == "decode-0" and s.num_restarts for s in mesh.states()))
+        assert set(before).isdisjoint(rank_pids(mesh, "decode-0"))
+        assert len(rank_pids(mesh, "decode-0")) == 3
+        assert not any(psutil.pid_exists(pid) for pid in before)
+        assert rank_pids(mesh, "prefill-0") == others
+
+
+async def test_a_rank_that_cannot_start_is_named_with_its_words(tmp_path) -> None:
+    flags = {"decode": ("--fail-rank", "2", "--fail", "the checkpoint lacks a tensor")}
+    with pytest.raises(StartError) as raised:
+        async with running_mesh(
+            config_for(tmp_path, flags, **GROUPS), QUIET, hurry=asyncio.Event()
+        ):
+            pass
+    assert str(raised.value) == "decode-0 rank 2 could not start: the checkpoint lacks a tensor"
+    assert not [child for child in psutil.Process().children() if child.is_running()]
 
 
 async def test_a_killed_redis_comes_back_at_the_same_address(tmp_path) -> None:

@@ -76,13 +76,14 @@ def test_the_pool_table_has_a_row_for_each_record() -> None:
         role=WORKER_ROLE_DECODE,
         address="127.0.0.1:1",
         model_id="model",
+        parallel="tp=2",
         load=WorkerLoad(num_blocks=10, num_free_blocks=4),
         draining=True,
     )
     table = pool_table([record])
     assert table.row_count == 1
     cells = [next(iter(column.cells)) for column in table.columns]
-    assert cells == ["decode-1", "127.0.0.1:1", "0", "0", "6/10", "draining"]
+    assert cells == ["decode-1", "127.0.0.1:1", "tp=2", "0", "0", "6/10", "draining"]
 
 
 def test_help_names_every_command_and_loads_nothing_heavy() -> None:

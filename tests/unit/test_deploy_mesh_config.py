@@ -3,9 +3,10 @@ import os
 
 import pytest
 
-from deploy.launcher.child_process import Backoff, describe_exit
+from deploy.launcher.child_process import Backoff
 from deploy.launcher.free_port import check_port
 from deploy.launcher.mesh_config import MeshConfig
+from deploy.launcher.os_process import describe_exit
 from deploy.launcher.ready_file import (
     ProcessState,
     read_ready_file,

@@ -18,7 +18,7 @@ WORKER_ROLE_DECODE: WorkerRole
 WORKER_ROLE_GATEWAY: WorkerRole
 
 class WorkerRecord(_message.Message):
-    __slots__ = ("worker_id", "role", "epoch", "address", "metrics_address", "model_id", "model_digest", "max_context_tokens", "pid", "load", "draining")
+    __slots__ = ("worker_id", "role", "epoch", "address", "metrics_address", "model_id", "model_digest", "max_context_tokens", "pid", "load", "draining", "parallel")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class WorkerRecord(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    PARALLEL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: WorkerRole
     epoch: int
@@ -41,7 +42,8 @@ class WorkerRecord(_message.Message):
     pid: int
     load: WorkerLoad
     draining: bool
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., model_id: _Optional[str] = ..., model_digest: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., draining: _Optional[bool] = ...) -> None: ...
+    parallel: str
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., epoch: _Optional[int] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., model_id: _Optional[str] = ..., model_digest: _Optional[str] = ..., max_context_tokens: _Optional[int] = ..., pid: _Optional[int] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., draining: _Optional[bool] = ..., parallel: _Optional[str] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("num_waiting", "num_running", "num_waiting_tokens", "num_free_blocks", "num_blocks")

@@ -1,0 +1,204 @@
+"""Rank 0's view of the other ranks of its worker: what they loaded, plans to them, their end."""
+
+import logging
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from engine.errors import CollectiveTimeoutError, LayoutMismatchError, RankDeadError, RankGroupError
+from engine.runtime.rank_message import (
+    Agreed,
+    Facts,
+    Failed,
+    FollowerMessage,
+    LeaderMessage,
+    RankTimes,
+    Refused,
+    Stop,
+    decode_from_follower,
+    encode,
+)
+from engine.runtime.rank_socket import RankSocket, by_descriptor
+
+logger = logging.getLogger(__name__)
+
+OnFailure = Callable[[RankGroupError], None]
+
+
+@dataclass(slots=True)
+class _Watch:
+    """What the watching thread and the others share, under one lock."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    failure: RankGroupError | None = None
+    on_failure: OnFailure | None = None
+    is_stopping: bool = False
+
+
+class Followers:
+    """Connections from rank 0 to every other rank. `agree` first, then `start_watching`."""
+
+    def __init__(self, sockets: Mapping[int, RankSocket]) -> None:
+        self._sockets = dict(sockets)
+        self._times = {rank: RankTimes(rank=rank) for rank in sockets}
+        self._watch = _Watch()
+        self._wake_read, self._wake_write = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
+
+    @property
+    def times(self) -> list[RankTimes]:
+        """What each rank said last; any thread may ask."""
+        return [self._times[rank] for rank in sorted(self._times)]
+
+    def agree(self, facts: Facts, *, timeout_s: float) -> int:
+        """Wait until every rank has loaded, compare; returns the blocks of every rank's pool.
+
+        Raises:
+            LayoutMismatchError: a rank has loaded something else; the text shows both sides.
+            RankGroupError: a rank failed, died, or was not done within `timeout_s`.
+        """
+        try:
+            others = self._gather(timeout_s)
+            check_agreement(facts, others)
+        except Exception as error:
+            self.refuse(str(error))
+            raise
+        num_blocks = min([facts.num_blocks, *(each.num_blocks for each in others.values())])
+        self.send(Agreed(num_blocks))
+        return num_blocks
+
+    def refuse(self, reason: str) -> None:
+        """Tell all ranks that the start has failed, as far as they are there."""
+        for each in self._sockets.values():
+            try:
+                each.send(Refused(reason))
+            except RankGroupError:
+                logger.debug("rank %d is gone, too", each.peer)
+
+    def send(self, message: LeaderMessage) -> None:
+        """Send to every rank.
+
+        Raises:
+            RankGroupError: a rank is gone, or stopped; the worker is over.
+        """
+        frame = encode(message)
+        for each in self._sockets.values():
+            try:
+                each.send_frame(frame)
+            except RankDeadError as error:
+                raise self._known_failure() or error from None
+
+    def start_watching(self, on_failure: OnFailure) -> None:
+        """From now on hear of a rank's end at once, on a thread of its own, at most one time."""
+        self._watch.on_failure = on_failure
+        self._thread.start()
+
+    def close(self) -> None:
+        """Tell the ranks to end in order; those of a group that failed see the sockets end."""
+        with self._watch.lock:
+            is_first, self._watch.is_stopping = not self._watch.is_stopping, True
+        if not is_first:
+            return
+        if self._watch.failure is None:
+            try:
+                self.send(Stop())
+            except RankGroupError as error:
+                logger.warning("a rank was gone before the end: %s", error)
+        os.write(self._wake_write, b"x")
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+        for each in self._sockets.values():
+            each.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _gather(self, timeout_s: float) -> dict[int, Facts]:
+        found: dict[int, Facts] = {}
+        end_s = time.monotonic() + timeout_s
+        poll = select.poll()
+        sockets = by_descriptor(self._sockets)
+        for descriptor in sockets:
+            poll.register(descriptor, select.POLLIN)
+        while missing := sorted(set(self._sockets) - set(found)):
+            ready = poll.poll(max(0.0, end_s - time.monotonic()) * 1000)
+            if not ready:
+                text = f"ranks {missing} did not load the model within {timeout_s:g} s"
+                raise CollectiveTimeoutError(text, rank=missing[0], operation="start")
+            for descriptor, _ in ready:
+                each = sockets[descriptor]
+                message = decode_from_follower(each.receive())
+                if isinstance(message, Failed):
+                    raise _failure(each.peer, message)
+                if isinstance(message, Facts):
+                    found[each.peer] = message
+        return found
+
+    def _known_failure(self) -> RankGroupError | None:
+        """What a rank said before it closed its socket, given a moment to be read."""
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout=0.2)
+        return self._watch.failure
+
+    # The watching thread.
+
+    def _run(self) -> None:
+        sockets = by_descriptor(self._sockets)
+        poll = select.poll()
+        for descriptor in (self._wake_read, *sockets):
+            poll.register(descriptor, select.POLLIN)
+        while True:
+            for descriptor, _ in poll.poll():
+                if descriptor == self._wake_read:
+                    return
+                failure = self._heard(sockets[descriptor])
+                if failure is not None:
+                    self._fail(failure)
+                    return
+
+    def _heard(self, each: RankSocket) -> RankGroupError | None:
+        try:
+            message: FollowerMessage = decode_from_follower(each.receive())
+        except RankGroupError as error:
+            return error
+        except ValueError as error:
+            return RankGroupError(f"rank {each.peer}: {error}", rank=each.peer)
+        if isinstance(message, Failed):
+            return _failure(each.peer, message)
+        if isinstance(message, RankTimes):
+            self._times[each.peer] = message
+        return None
+
+    def _fail(self, failure: RankGroupError) -> None:
+        with self._watch.lock:
+            if self._watch.is_stopping:
+                return
+            self._watch.failure = failure
+        logger.error("rank=%s %s", failure.rank, failure)
+        if self._watch.on_failure is not None:
+            self._watch.on_failure(failure)
+
+
+def check_agreement(facts: Facts, others: Mapping[int, Facts]) -> None:
+    """Compare what rank 0 has loaded with what the others have.
+
+    Raises:
+        LayoutMismatchError: the text shows both sides of each difference.
+    """
+    compared = [name for name in Facts.__struct_fields__ if name != "num_blocks"]
+    for rank, theirs in sorted(others.items()):
+        differences = [
+            f"{name} is {getattr(facts, name)} on rank 0 and {getattr(theirs, name)} on rank {rank}"
+            for name in compared
+            if getattr(facts, name) != getattr(theirs, name)
+        ]
+        if differences:
+            raise LayoutMismatchError(
+                f"the ranks of this worker were started differently: {'; '.join(differences)}"
+            )
+
+
+def _failure(rank: int, message: Failed) -> RankGroupError:
+    return RankGroupError(f"rank {rank} failed: {message.error}: {message.text}", rank=rank)

@@ -1,0 +1,72 @@
+"""Rank 0 of several: tells the others what to compute, then computes its own part."""
+
+from collections.abc import Callable
+
+import torch
+
+from engine.errors import RankGroupError
+from engine.kv_cache.pool import KvPool
+from engine.models.causal_lm import CausalLM
+from engine.parallel.layout import Axis
+from engine.runtime.followers import Followers
+from engine.runtime.rank_message import RankTimes, Step
+from engine.runtime.rank_runner import RankRunner
+from engine.scheduling.micro_batch import best_num_micro_batches
+from engine.scheduling.step_plan import StepPlan
+
+
+class GroupRunner:
+    """Implements StepRunner."""
+
+    def __init__(
+        self,
+        local: RankRunner,
+        followers: Followers,
+        *,
+        micro_batch_overhead_tokens: int,
+        num_micro_batches: int | None = None,
+    ) -> None:
+        """Put rank 0 together.
+
+        Args:
+            local: rank 0's own part; its pool is closed with this.
+            followers: closed with this.
+            micro_batch_overhead_tokens: see `EngineConfig`.
+            num_micro_batches: see `EngineConfig`.
+        """
+        self._local = local
+        self._followers = followers
+        self._num_stages = local.group.layout.size(Axis.PP)
+        self._overhead_tokens = micro_batch_overhead_tokens
+        self._num_micro_batches = num_micro_batches
+
+    @property
+    def model(self) -> CausalLM:
+        return self._local.runner.model
+
+    @property
+    def pool(self) -> KvPool:
+        return self._local.runner.pool
+
+    @property
+    def times(self) -> list[RankTimes]:
+        """Of every rank, the followers' as they last said; any thread may ask."""
+        return [self._local.times, *self._followers.times]
+
+    def run(self, plan: StepPlan, num_threads: int) -> torch.Tensor:
+        num = self._num_micro_batches or best_num_micro_batches(
+            plan.num_tokens, self._num_stages, overhead_tokens=self._overhead_tokens
+        )
+        self._followers.send(Step(plan, num))
+        return self._local.run(plan, num, num_threads)
+
+    def watch(self, on_failure: Callable[[Exception], None]) -> None:
+        def fail(failure: RankGroupError) -> None:
+            on_failure(failure)  # first: it ends an engine that waits for commands
+            self._local.group.abort(str(failure))  # and this one that waits in a collective
+
+        self._followers.start_watching(fail)
+
+    def close(self) -> None:
+        self._followers.close()
+        self._local.runner.close()
