@@ -54,7 +54,7 @@ async def serve(
         max_threads=engine_config.num_threads,
     )
     membership = await asyncio.to_thread(
-        join_worker, engine_config, settings["collectives"], environment
+        join_worker, model_path, engine_config, settings["collectives"], environment
     )
     if membership is not None and membership.rank > 0:
         build = partial(build_follower, membership=membership, cores=cores)

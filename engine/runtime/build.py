@@ -1,7 +1,7 @@
 """From a checkpoint and a configuration to an engine: the one door for workers."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -19,6 +19,7 @@ from engine.models.build import load_model, resolve_dtype
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import ParallelAxes
 from engine.parallel.rank_group import RankGroup
+from engine.parallel.traffic import Traffic
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine import Engine
 from engine.runtime.follower import Follower
@@ -88,7 +89,18 @@ class _LoadedRank:
         )
 
     def runner(self, num_blocks: int) -> ModelRunner:
-        return ModelRunner(self.model, KvPool(self.layout, num_blocks, self.device), self.device)
+        """Of a worker of one rank."""
+        return ModelRunner(self.model, self._pool(num_blocks), self.device)
+
+    def rank_runner(self, num_blocks: int, group: RankGroup) -> RankRunner:
+        """One rank's part of a worker of several."""
+        # Traffic of its own, so that waiting for other stages can be told from other collectives.
+        pipeline = replace(group.axes.pp, traffic=Traffic())
+        runner = ModelRunner(self.model, self._pool(num_blocks), self.device, pipeline)
+        return RankRunner(runner, group, pipeline.traffic)
+
+    def _pool(self, num_blocks: int) -> KvPool:
+        return KvPool(self.layout, num_blocks, self.device)
 
 
 def build_engine(
@@ -130,7 +142,7 @@ def build_engine(
         num_blocks = followers.agree(facts, timeout_s=membership.config.join_timeout_s)
         limits = loaded.limits(num_blocks)
         runner = GroupRunner(
-            RankRunner(loaded.runner(num_blocks), membership.group),
+            loaded.rank_runner(num_blocks, membership.group),
             followers,
             micro_batch_overhead_tokens=config.micro_batch_overhead_tokens,
             num_micro_batches=config.num_micro_batches,
@@ -185,7 +197,7 @@ def build_follower(
     limits = loaded.limits(leader.agree(facts))
     leader.expect(max_step_bytes(limits, config.max_num_batched_tokens, config.max_num_sequences))
     return Follower(
-        RankRunner(loaded.runner(limits.num_blocks), membership.group),
+        loaded.rank_runner(limits.num_blocks, membership.group),
         leader,
         cores,
         limits,

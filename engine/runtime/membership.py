@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from engine.checkpoint.read import read_config
 from engine.config import CollectivesConfig, EngineConfig
 from engine.parallel.environment import RankEnvironment
+from engine.parallel.fit import check_layout_fits
 from engine.parallel.rank_group import RankGroup, join_group
 from engine.runtime.followers import Followers
 from engine.runtime.leader import Leader
@@ -28,6 +31,7 @@ class Membership:
 
 
 def join_worker(
+    model_path: Path,
     config: EngineConfig,
     collectives: CollectivesConfig,
     environment: Mapping[str, str],
@@ -37,19 +41,22 @@ def join_worker(
     """Meet the other ranks that `config.parallel` asks for; None where there is one rank.
 
     Args:
+        model_path: what will be split.
         config: the same on every rank.
         collectives: the same on every rank.
         environment: RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
         device: where the tensors will be.
 
     Raises:
-        ValueError: the environment has another number of ranks than the layout.
+        ValueError: the environment has another number of ranks than the layout, or the layout does
+            not fit the model; the text has the numbers.
         RankGroupError: a rank did not come.
     """
     layout = config.parallel
     place = RankEnvironment.read(environment)
     if place is not None:
         place.check_layout(layout)
+    check_layout_fits(read_config(model_path), layout)
     group = join_group(layout, place, config=collectives, device=device)
     if place is None or layout.num_ranks == 1:
         return None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.parallel import RankGroup
+from engine.parallel import ParallelLayout, RankGroup
 from engine.runtime.group_runner import GroupRunner
 from tests.checkpoints import VOCAB_SIZE, tiny_checkpoint
 from tests.distributed.group_engine import answer_all, follow, lead, member
@@ -25,7 +25,12 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(
-        tmp_path_factory.mktemp("llama"), num_attention_heads=4, num_key_value_heads=2
+        tmp_path_factory.mktemp("llama"),
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        hidden_size=72,
+        head_dim=8,
+        num_hidden_layers=4,
     )
 
 
@@ -49,10 +54,10 @@ def answers_of_group(group: RankGroup, path: str, settings: dict[str, Any]) -> d
     }
 
 
-@pytest.mark.parametrize("layout", ["tp=2"])
+@pytest.mark.parametrize("layout", ["tp=2", "tp=3", "pp=2", "tp=2,pp=2"])
 def test_ranks_draw_the_tokens_of_one(
     layout: str, checkpoint: Path, expected: dict[str, list[int]]
 ) -> None:
-    settings = {"parallel": layout}
+    settings = {"parallel": ParallelLayout.parse(layout)}
     leader, *_ = run_ranks(layout, answers_of_group, str(checkpoint), settings)
     assert leader["tokens"] == expected
