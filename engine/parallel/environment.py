@@ -57,6 +57,20 @@ class RankEnvironment:
             attempt=_number(environment, "TORCHELASTIC_RESTART_COUNT", "0"),
         )
 
+    def variables(self) -> dict[str, str]:
+        """What a launcher sets so that `read` finds this."""
+        variables = {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "MASTER_ADDR": self.master_address,
+            "MASTER_PORT": str(self.master_port),
+            "TORCHELASTIC_RESTART_COUNT": str(self.attempt),
+        }
+        if self.is_store_elsewhere:
+            variables["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        return variables
+
     def check_layout(self, layout: ParallelLayout) -> None:
         """Raise ValueError unless the layout has just as many ranks as were started."""
         if self.world_size != layout.num_ranks:

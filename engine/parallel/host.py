@@ -32,6 +32,8 @@ class RankPlace(msgspec.Struct, frozen=True):
 
     boot_id: str
     pid: int
+    cores: frozenset[int]
+    """That it may run on."""
 
 
 class SharedHost:
@@ -41,22 +43,24 @@ class SharedHost:
         self,
         layout: ParallelLayout,
         rank: int,
-        pids: Mapping[int, int],
+        places: Mapping[int, RankPlace],
         config: CollectivesConfig,
         library: NativeGroupLibrary,
     ) -> None:
-        """`pids` by global rank, of the ranks on this host; nothing is mapped yet."""
+        """`places` by global rank, of the ranks on this host; nothing is mapped yet."""
         self._layout = layout
         self._rank = rank
-        self._pids = pids
+        self._pids = {other: place.pid for other, place in places.items()}
+        num_cores = len(frozenset[int]().union(*(place.cores for place in places.values())))
+        self._spin_s = SPIN_S if len(places) <= num_cores else 0.0
         self._config = config
         self._library = library
         self._offsets: dict[tuple[int, ...], dict[Axis, int]] = {}
-        board_bytes = library.board_bytes(len(pids))
+        board_bytes = library.board_bytes(len(places))
         self.num_bytes = -(-board_bytes // _PAGE_BYTES) * _PAGE_BYTES
         for axis in Axis:
             for group in layout.groups(axis):
-                if len(group) > 1 and pids.keys() >= set(group):
+                if len(group) > 1 and places.keys() >= set(group):
                     self._offsets.setdefault(group, {})[axis] = self.num_bytes
                     self.num_bytes += group_bytes(library, config, len(group))
         self._file: MemoryFile | None = None
@@ -93,7 +97,6 @@ class SharedHost:
         if offset is None:
             return None
         assert self._file is not None, "not mapped yet"
-        has_cores = len(self._pids) <= len(os.sched_getaffinity(0))
         return SharedMemoryCollectives(
             self._library,
             self.board,
@@ -102,7 +105,7 @@ class SharedHost:
             self._rank,
             title=axis.value,
             config=self._config,
-            spin_s=SPIN_S if has_cores else 0.0,
+            spin_s=self._spin_s,
         )
 
     def close(self) -> None:
@@ -130,23 +133,23 @@ def share_host(
     """
     places = _exchange_places(store, rank, layout.num_ranks)
     boot_id = places[rank].boot_id
-    pids = {other: place.pid for other, place in places.items() if place.boot_id == boot_id}
-    if len(pids) == 1:
+    here = {other: place for other, place in places.items() if place.boot_id == boot_id}
+    if len(here) == 1:
         return None
     host, reason = None, ""
     try:
-        host = SharedHost(layout, rank, pids, config, native_group_library())
-        _map(host, store, rank, first=min(pids))
+        host = SharedHost(layout, rank, here, config, native_group_library())
+        _map(host, store, rank, first=min(here))
     except (OSError, MemoryError, msgspec.MsgspecError) as error:
         reason = f"rank {rank}: {error}"
-        if rank == min(pids):
+        if rank == min(here):
             store.set(f"memory/{rank}", "")
     store.set(f"mapped/{rank}", reason)
-    reasons = [store.get(f"mapped/{other}").decode() for other in sorted(pids)]
+    reasons = [store.get(f"mapped/{other}").decode() for other in sorted(here)]
     if any(reasons):
         logger.warning(
             "ranks %s of this host talk over TCP, for they cannot share memory: %s",
-            sorted(pids),
+            sorted(here),
             "; ".join(filter(None, reasons)),
         )
         if host is not None:
@@ -158,7 +161,7 @@ def share_host(
 
 
 def _exchange_places(store: Store, rank: int, num_ranks: int) -> dict[int, RankPlace]:
-    own = RankPlace(_BOOT_ID.read_text().strip(), os.getpid())
+    own = RankPlace(_BOOT_ID.read_text().strip(), os.getpid(), frozenset(os.sched_getaffinity(0)))
     store.set(f"place/{rank}", msgspec.json.encode(own).decode())
     return {
         other: msgspec.json.decode(store.get(f"place/{other}"), type=RankPlace)

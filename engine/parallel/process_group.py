@@ -15,6 +15,8 @@ from engine.parallel.verdict import Verdict, VerdictKind
 _WIDENED = frozenset({torch.float16, torch.bfloat16})
 _FOREVER_S = 10.0 * 365 * 86400
 _SLICE_S = 0.05
+_LATE = "Timed out"
+"""Stands in gloo's error when its own time-out is over."""
 _GRACE_S = 1.0
 """The process group's own time-out comes first; this is for when it does not."""
 
@@ -24,8 +26,8 @@ Begin = Callable[[], Work]
 class ProcessGroupCollectives:
     """Each call is one or two of the process group's own; bytes travel as uint8.
 
-    Gloo cannot be woken, so a helper thread waits for it while the caller looks for trouble. NCCL
-    only queues work on the stream; its own watchdog ends the process when that takes too long.
+    Waits are cut into slices, with a look for trouble after each. NCCL only queues work on the
+    stream; its own watchdog ends the process when that takes too long.
     """
 
     def __init__(
@@ -51,11 +53,7 @@ class ProcessGroupCollectives:
         self._title = title
         self._device = device
         self._timeout_s = timeout_s
-        self._work: queue.SimpleQueue[tuple[Begin, _Outcome] | None] = queue.SimpleQueue()
-        if device.type == "cuda":
-            return  # waits are in the stream, which is the calling thread's
-        self._helper = threading.Thread(target=self._help, name=f"{name}-{title}", daemon=True)
-        self._helper.start()
+        self._transfers: queue.SimpleQueue[_Transfer | None] | None = None
 
     def all_reduce(self, x: torch.Tensor) -> None:
         if x.numel() == 0:
@@ -127,7 +125,8 @@ class ProcessGroupCollectives:
             torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
-        self._work.put(None)  # a helper that is stuck goes with the process
+        if self._transfers is not None:
+            self._transfers.put(None)  # a helper that is stuck goes with the process
 
     def _exchange(
         self,
@@ -155,7 +154,7 @@ class ProcessGroupCollectives:
 
         Args:
             name: of the operation.
-            begin: starts it; called on the helper thread.
+            begin: starts it.
             timeout_s: in place of the configured one.
             partner: the only rank that can be to blame.
         """
@@ -166,59 +165,82 @@ class ProcessGroupCollectives:
         calls = self._watch.num_calls
         if partner is None:
             calls[self._title] = calls.get(self._title, 0) + 1
-        outcome = _Outcome()
         deadline_s = time.monotonic() + timeout_s + _GRACE_S
-        if self._device.type == "cuda":
-            _wait(begin, outcome)
-        else:
-            self._work.put((begin, outcome))
-        while not outcome.is_over.wait(_SLICE_S):
-            if verdict := self._watch.verdict():
-                raise verdict.error(operation, self._timeout_s)
-            if time.monotonic() > deadline_s:
-                outcome.error = TimeoutError("Timed out")
-                break
-        if outcome.error is not None:
+        try:
+            if self._device.type == "cuda":
+                begin().wait()  # the stream's wait, not this thread's
+                return
+            work = begin() if partner is None else _Transfer(self._helper(), begin)
+            while not _is_over(work):
+                if verdict := self._watch.verdict():
+                    raise verdict.error(operation, self._timeout_s)
+                if time.monotonic() > deadline_s:
+                    raise TimeoutError(_LATE)
+        except (RuntimeError, TimeoutError) as error:  # torch's own have no common class beneath
             ranks = self._ranks if partner is None else [self._ranks[partner]]
-            verdict = self._verdict_on(outcome.error, ranks)
-            raise verdict.error(operation, self._timeout_s) from outcome.error
+            verdict = self._verdict_on(error, ranks)
+            raise verdict.error(operation, self._timeout_s) from error
 
     def _verdict_on(self, error: Exception, ranks: Sequence[int]) -> Verdict:
         """Who is to blame for a failed operation; told to all ranks."""
-        is_late = "Timed out" in str(error)
+        is_late = _LATE in str(error)
         end_s = time.monotonic() + STALE_S + _GRACE_S
-        verdict = self._watch.verdict()
-        while verdict is None:
+        while (verdict := self._watch.verdict()) is None:
             lost = self._watch.lost(ranks) or self._watch.lost(self._ranks)
-            if is_late:
+            if lost is None and not is_late and time.monotonic() < end_s:
+                time.sleep(_SLICE_S)  # whoever broke the connection shows in a moment
+            elif is_late and (lost is None or lost.kind is VerdictKind.DEAD):
                 rank = lost.rank if lost else self._watch.last(ranks, self._title)
-                if rank is None and len(ranks) == 1:
-                    rank = ranks[0]
-                verdict = Verdict(VerdictKind.TIMED_OUT, rank)
-            elif lost or time.monotonic() > end_s:
-                verdict = lost or Verdict(VerdictKind.DEAD, None)
+                only = ranks[0] if len(ranks) == 1 else None
+                self._watch.post(Verdict(VerdictKind.TIMED_OUT, only if rank is None else rank))
             else:
-                time.sleep(_SLICE_S)
-                verdict = self._watch.verdict()
-                continue
-            self._watch.post(verdict)
+                self._watch.post(lost or Verdict(VerdictKind.DEAD, None))
         return verdict
 
-    def _help(self) -> None:
-        while item := self._work.get():
-            _wait(*item)
-            del item  # not kept until the next one comes
+    def _helper(self) -> "queue.SimpleQueue[_Transfer | None]":
+        """The thread that waits for sends and receives, started with the first of them."""
+        if self._transfers is None:
+            self._transfers = queue.SimpleQueue()
+            threading.Thread(
+                target=_carry,
+                args=(self._transfers,),
+                name=f"{self.name}-{self._title}",
+                daemon=True,
+            ).start()
+        return self._transfers
 
 
-class _Outcome:
-    def __init__(self) -> None:
+class _Transfer:
+    """A send or receive on the helper thread: gloo gives these up when one wait is cut short."""
+
+    def __init__(self, helper: "queue.SimpleQueue[_Transfer | None]", begin: Begin) -> None:
+        self.begin = begin
+        self.error: RuntimeError | None = None
         self.is_over = threading.Event()
-        self.error: Exception | None = None
+        helper.put(self)
 
 
-def _wait(begin: Begin, outcome: _Outcome) -> None:
+def _is_over(work: Work | _Transfer) -> bool:
+    """Wait for a slice of time; raises what the operation failed with."""
+    if isinstance(work, _Transfer):
+        is_over = work.is_over.wait(_SLICE_S)
+        if work.error is not None:
+            raise work.error
+        return is_over
     try:
-        begin().wait()
-    except RuntimeError as error:  # torch's own; theirs have no common class beneath
-        outcome.error = error
-    outcome.is_over.set()
+        work.wait(timedelta(seconds=_SLICE_S))
+    except RuntimeError:
+        if work.is_completed():
+            raise
+        return False  # the slice ended, not the operation
+    return True
+
+
+def _carry(transfers: "queue.SimpleQueue[_Transfer | None]") -> None:
+    while transfer := transfers.get():
+        try:
+            transfer.begin().wait()
+        except RuntimeError as error:
+            transfer.error = error
+        transfer.is_over.set()
+        del transfer  # not kept until the next one comes

@@ -30,9 +30,11 @@ class RankGroup:
         collectives: Mapping[Axis, Collectives],
         *,
         config: CollectivesConfig,
+        store: Store | None = None,
         host: SharedHost | None = None,
         watch: StoreWatch | None = None,
     ) -> None:
+        """What `join_group` opened; the group closes it."""
         self.layout = layout
         self.rank = rank
         """Global."""
@@ -42,6 +44,7 @@ class RankGroup:
         """How bytes travel ("shm", "gloo", "nccl"), for each axis of more than one rank."""
         self._collectives = collectives
         self._config = config
+        self._store = store  # rank 0 may keep it for the others
         self._host = host
         self._watch = watch
         self.axes = ParallelAxes.from_layout(layout, rank, collectives, self.traffic)
@@ -86,7 +89,7 @@ class RankGroup:
             for collectives in self._collectives.values():
                 stack.callback(collectives.close)
             self._collectives = {}
-            self._host = self._watch = None
+            self._host = self._watch = self._store = None
 
     def _verdict(self) -> Verdict | None:
         if self._watch is not None:
@@ -133,13 +136,17 @@ def join_group(
     if layout.num_ranks == 1:
         return RankGroup(layout, 0, {}, config=config)
     store = environment.open_store(config.join_timeout_s)
-    return _joined(layout, environment.rank, store, config, device or torch.device("cpu"))
+    keeper = None if environment.is_store_elsewhere else 0
+    group = _joined(layout, environment.rank, store, keeper, config, device or torch.device("cpu"))
+    group.axes.world.barrier()  # nobody leaves, and takes the store along, before all are there
+    return group
 
 
 def _joined(
     layout: ParallelLayout,
     rank: int,
     store: Store,
+    keeper: int | None,
     config: CollectivesConfig,
     device: torch.device,
 ) -> RankGroup:
@@ -156,7 +163,11 @@ def _joined(
             continue
         if watch is None:
             watch = StoreWatch(
-                _own_connection(store), rank, layout.num_ranks, None if host is None else host.board
+                _own_connection(store),
+                rank,
+                layout.num_ranks,
+                keeper=keeper,
+                board=None if host is None else host.board,
             )
         ranks = layout.group(axis, rank)
         group_store = PrefixStore(f"{axis.value}/{ranks[0]}", store)
@@ -172,7 +183,7 @@ def _joined(
             device=torch.device("cpu") if is_host_memory else device,
             timeout_s=config.collective_timeout_s,
         )
-    return RankGroup(layout, rank, collectives, config=config, host=host, watch=watch)
+    return RankGroup(layout, rank, collectives, config=config, store=store, host=host, watch=watch)
 
 
 def _own_connection(store: Store) -> Store:

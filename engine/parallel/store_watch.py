@@ -5,6 +5,7 @@ still names a process that is gone or stopped, once something went wrong; by its
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -33,7 +34,13 @@ class StoreWatch:
     """One rank's watch: a thread that beats, looks at the others and carries verdicts."""
 
     def __init__(
-        self, store: Store, rank: int, num_ranks: int, board: HostBoard | None = None
+        self,
+        store: Store,
+        rank: int,
+        num_ranks: int,
+        *,
+        keeper: int | None = None,
+        board: HostBoard | None = None,
     ) -> None:
         """Begin to beat; returns when all ranks do.
 
@@ -41,12 +48,14 @@ class StoreWatch:
             store: a connection that nobody else uses.
             rank: global.
             num_ranks: of the worker.
+            keeper: the rank whose process the store is in, if any's.
             board: verdicts go from the store to it, and from it to the store.
         """
         self.num_calls: dict[str, int] = {}
         """Collectives that this rank has begun, by axis."""
         self._store = store
         self._rank = rank
+        self._keeper = keeper
         self._board = board
         self._lock = threading.Lock()
         self._verdict: Verdict | None = None
@@ -77,11 +86,11 @@ class StoreWatch:
     def lost(self, ranks: Sequence[int]) -> Verdict | None:
         """Which of `ranks` left or stands still, if any does by now."""
         now_s = time.monotonic()
-        if now_s - self._answered_s > STALE_S:
-            return Verdict(VerdictKind.DEAD, None)  # the store itself is gone
         for rank in ranks:
             if rank != self._rank and self._beats[rank].has_left:
                 return Verdict(VerdictKind.LEFT, rank)
+        if now_s - self._answered_s > STALE_S:
+            return Verdict(VerdictKind.DEAD, self._keeper)
         for rank in ranks:
             if rank != self._rank and now_s - self._changed_s[rank] > STALE_S:
                 return Verdict(VerdictKind.DEAD, rank)
@@ -110,16 +119,12 @@ class StoreWatch:
                 self._look()
             except RuntimeError as error:  # torch's errors of the store
                 if not self._is_closing:
-                    logger.warning("the ranks' store is lost: %s", str(error).partition("\n")[0])
-                    self._lose_store()
+                    logger.info("the ranks' store is lost: %s", str(error).partition("\n")[0])
+                    self._answered_s = -math.inf
                 return
             if not is_last:
                 self._wake.wait(_BEAT_S)
                 self._wake.clear()
-
-    def _lose_store(self) -> None:
-        # Rank 0 keeps the store, or the launcher does: which of them went is not known here.
-        self._answered_s = float("-inf")
 
     def _beat(self, *, has_left: bool = False) -> None:
         self._count += 1

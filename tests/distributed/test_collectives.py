@@ -151,3 +151,49 @@ def broadcast_text(group: RankGroup, text: bytes) -> bytes:
 @pytest.mark.parametrize("text", [b"", b"step", b"x" * 300_000])
 def test_bytes_of_any_length_are_broadcast(text: bytes) -> None:
     assert run_ranks(3, broadcast_text, text) == [text] * 3
+
+
+def traffic_of_calls(group: RankGroup) -> list[float]:
+    group.traffic.take()
+    group.axes.tp.all_reduce(torch.ones(100))
+    group.axes.pp.all_gather(torch.ones(10, dtype=torch.bfloat16))
+    report = group.traffic.take()
+    return [report.num_calls, report.num_bytes, report.seconds]
+
+
+def test_what_all_axes_move_is_counted() -> None:
+    for num_calls, num_bytes, seconds in run_ranks("tp=2,pp=2", traffic_of_calls):
+        assert (num_calls, num_bytes) == (2, 400 + 40)
+        assert 0 < seconds < 10
+
+
+def reduce_with_special_values(group: RankGroup, dtype_name: str) -> list[torch.Tensor]:
+    dtype = getattr(torch, dtype_name)
+    finfo = torch.finfo(dtype)
+    values = [0.0, -0.0, finfo.tiny, finfo.smallest_normal / 4, finfo.max, -finfo.max, 1.0]
+    values += [float("inf"), float("-inf"), float("nan"), 1 + finfo.eps, 2049.0, 3.0, 65504.0]
+    mine = torch.tensor(values, dtype=dtype)
+    other = torch.tensor([*values[3:], *values[:3]], dtype=dtype)
+    found = group.axes.tp.all_reduce((mine if group.rank == 0 else other).clone())
+    return [found, (mine.float() + other.float()).to(dtype)]
+
+
+@pytest.mark.parametrize("dtype_name", ["float16", "bfloat16"])
+def test_extreme_values_are_rounded_as_torch_does(dtype_name: str) -> None:
+    for found, expected in run_ranks(2, reduce_with_special_values, dtype_name):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def reduce_every_half(group: RankGroup, dtype_name: str) -> list[bool]:
+    dtype = getattr(torch, dtype_name)
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    shifted = every.roll(12345)
+    found = group.axes.tp.all_reduce((every if group.rank == 0 else shifted).clone())
+    expected = (every.float() + shifted.float()).to(dtype)
+    is_same = (found == expected) | (found.isnan() & expected.isnan())
+    return [bool(is_same.all())]
+
+
+@pytest.mark.parametrize("dtype_name", ["float16", "bfloat16"])
+def test_every_16_bit_number_is_summed_right(dtype_name: str) -> None:
+    assert run_ranks(2, reduce_every_half, dtype_name) == [[True]] * 2

@@ -17,7 +17,7 @@ from engine.parallel import CollectivesConfig, RankGroup
 from tests.distributed.ranks import RankProcesses, run_ranks
 
 SHM = CollectivesConfig(collective_timeout_s=1.5)
-TCP = CollectivesConfig(collective_timeout_s=1.5, has_shared_memory=False)
+TCP = CollectivesConfig(collective_timeout_s=4.0, has_shared_memory=False)
 TRANSPORTS = [pytest.param(SHM, id="shm"), pytest.param(TCP, id="gloo")]
 VICTIM = 1
 SOON_S = {True: 1.0, False: 8.0}
@@ -70,17 +70,18 @@ def test_a_stopped_rank_is_named_after_the_time_out(config: CollectivesConfig) -
         for found in ranks.results([0, 2, 3]):
             assert found["error"] == "CollectiveTimeoutError"
             assert (found["rank"], found["operation"]) == (VICTIM, "tp all_reduce")
-            assert found["text"] == "tp all_reduce: rank 1 did not come within 1.5 s"
-            assert found["seconds"] < 1.5 + SOON_S[config.has_shared_memory]
+            timeout_s = config.collective_timeout_s
+            assert found["text"] == f"tp all_reduce: rank 1 did not come within {timeout_s:g} s"
+            assert found["seconds"] < timeout_s + SOON_S[config.has_shared_memory]
 
 
 def reduce_for_ever(group: RankGroup, is_going: Event) -> dict[str, Any]:
     x = torch.ones(2_000_000)
-    group.axes.tp.all_reduce(x)
-    is_going.set()
     try:
         while True:
             group.axes.tp.all_reduce(x)
+            if group.rank == 0 and not is_going.is_set():  # a rank may stop with its lock
+                is_going.set()
     except RankGroupError as error:
         return told(error, time.monotonic())
 
@@ -141,7 +142,7 @@ def test_an_abort_wakes_every_rank_of_every_axis(config: CollectivesConfig) -> N
     # Ranks 0 and 1 may be through with their call before they hear of it.
     assert {found[rank].get("text", text) for rank in range(4)} == {text}
     assert [found[rank]["rank"] for rank in (2, 3)] == [2, 2]
-    assert max(found[rank]["seconds"] for rank in (2, 3)) < 1.4
+    assert max(found[rank]["seconds"] for rank in (2, 3)) < 0.9 * config.collective_timeout_s
 
 
 def leave_early(group: RankGroup) -> dict[str, Any]:

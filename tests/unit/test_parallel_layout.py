@@ -134,6 +134,7 @@ def test_torchrun_keeps_the_store_and_counts_restarts() -> None:
     environment = RankEnvironment.read(ENVIRONMENT | extra)
     assert environment is not None
     assert (environment.is_store_elsewhere, environment.attempt) == (True, 2)
+    assert RankEnvironment.read(environment.variables()) == environment
 
 
 @pytest.mark.parametrize(
