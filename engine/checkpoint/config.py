@@ -85,6 +85,8 @@ class ModelConfig:
     form: ModelForm = field(default_factory=ModelForm)
     local_rope: RopeConfig | None = None
     """The rotary embedding of layers with a window; None is `rope`."""
+    scale_block_shape: tuple[int, int] | None = None
+    """Rows and columns that share a scale where matrices are stored in FP8."""
     unused_tensors: tuple[str, ...] = ()
     """Prefixes of tensors that checkpoints of this family carry and this model does not need."""
     tie_word_embeddings: bool = False

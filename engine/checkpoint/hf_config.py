@@ -15,6 +15,7 @@ from engine.models.registry import FAMILY_OF_ARCHITECTURE
 _DTYPES = {"float32", "bfloat16", "float16"}
 _SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _MAX_HEADER_BYTES = 100 << 20
+_MAX_SCALE_BLOCK = 1 << 16
 
 
 def config_from_directory(path: Path) -> ModelConfig:
@@ -25,7 +26,7 @@ def config_from_directory(path: Path) -> ModelConfig:
     """
     file = read_json(path / "config.json")
     family = _family(file)
-    _refuse_quantized(file, family)
+    scale_block_shape = _quantization(file, family)
     fields = file.with_defaults(family.defaults, family.aliases)
     hidden_size = fields.size("hidden_size")
     num_heads = fields.size("num_attention_heads")
@@ -59,6 +60,7 @@ def config_from_directory(path: Path) -> ModelConfig:
         local_rope=local_rope,
         windows=family.windows(fields, num_layers),
         form=form,
+        scale_block_shape=scale_block_shape,
         unused_tensors=_further_layers(fields, num_layers),
         tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
         bos_token_id=fields.optional_integer("bos_token_id"),
@@ -79,15 +81,27 @@ def _family(fields: Fields) -> Family:
     )
 
 
-def _refuse_quantized(fields: Fields, family: Family) -> None:
-    quantization = fields.values.get("quantization_config")
-    if not isinstance(quantization, dict):
-        return
-    if quantization.get("quant_method") not in family.quantizations:
+def _quantization(fields: Fields, family: Family) -> tuple[int, int] | None:
+    """The blocks that share a scale, for FP8; other methods that the family has need no more."""
+    values = fields.values.get("quantization_config")
+    if not isinstance(values, dict):
+        return None
+    method = values.get("quant_method")
+    if method not in family.quantizations:
         raise CheckpointError(
-            f"{fields.source}: the weights are quantised ({quantization.get('quant_method')!r}); "
+            f"{fields.source}: the weights are quantised ({method!r}); "
             "use the unquantised checkpoint or a GGUF file"
         )
+    if method != "fp8":
+        return None
+    shape = values.get("weight_block_size")
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(isinstance(size, int) and 1 <= size <= _MAX_SCALE_BLOCK for size in shape)
+    ):
+        raise CheckpointError(f"{fields.source}: weight_block_size {shape!r} is not two sizes")
+    return shape[0], shape[1]
 
 
 def _further_layers(fields: Fields, num_layers: int) -> tuple[str, ...]:

@@ -43,4 +43,5 @@ DEEPSEEK_V3 = Family(
         "first_k_dense_replace": 3,
     },
     form=_form,
+    quantizations=frozenset({"fp8"}),
 )

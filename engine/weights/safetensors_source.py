@@ -79,8 +79,16 @@ class SafetensorsSource:
                 f"{self.location(name)} is stored as {view.get_dtype()}, which is not read; "
                 "use a checkpoint in F32, BF16 or F16, or a GGUF file"
             )
-        stop = view.get_shape()[dim] if length is None else start + length
-        return view[start:stop] if dim == 0 else view[:, start:stop]
+        return _cut(view, dim, start, length)
+
+    def read_float8(self, name: str, dim: int, start: int, length: int | None) -> torch.Tensor:
+        """The same for a tensor of float8_e4m3fn, which means nothing without its scales."""
+        view = self._slice(name)
+        if view.get_dtype() != "F8_E4M3":
+            raise CheckpointError(
+                f"{self.location(name)} is stored as {view.get_dtype()}, F8_E4M3 is expected"
+            )
+        return _cut(view, dim, start, length)
 
     def read_bytes(self, name: str, index: int) -> torch.Tensor:
         """Entry `index` of a tensor of bytes, whole."""
@@ -106,6 +114,11 @@ class SafetensorsSource:
             ) from None
         self._open_files[path] = file
         return file
+
+
+def _cut(view: _TensorSlice, dim: int, start: int, length: int | None) -> torch.Tensor:
+    stop = view.get_shape()[dim] if length is None else start + length
+    return view[start:stop] if dim == 0 else view[:, start:stop]
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from engine.checkpoint.config import ModelConfig
+from engine.weights.block_scaled import BlockScaled
 from engine.weights.gguf_source import GgufSource
 from engine.weights.safetensors_source import SafetensorsSource
 from engine.weights.stacked_experts import StackedExperts
@@ -38,6 +39,8 @@ def open_weights(path: Path, config: ModelConfig) -> AbstractContextManager[Weig
     """
     if path.is_dir():
         source = SafetensorsSource(path)
+        if config.scale_block_shape is not None:
+            return BlockScaled(source, config.scale_block_shape)
         experts = config.form.experts
         return StackedExperts(source) if experts and experts.is_stacked else source
     return GgufSource(path, config)
