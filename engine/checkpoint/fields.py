@@ -72,6 +72,13 @@ class Fields:
             raise CheckpointError(f"{self.source}: {name} must be positive, got {value}")
         return value
 
+    def only(self, name: str, value: object) -> None:
+        """Refuse a field that says something else than `value`; it may be absent."""
+        if self.values.get(name, value) not in (None, value):
+            raise CheckpointError(
+                f"{self.source}: {name} {self.values[name]!r} is not supported ({value!r})"
+            )
+
     def flag(self, name: str, *, default: bool) -> bool:
         value = self.values.get(name)
         if value is None:

@@ -46,6 +46,7 @@ def latent_scale(fields: Fields) -> float:
 
 def deepseek_experts(fields: Fields, router: RouterForm) -> ExpertsForm:
     """Experts in every layer from `first_k_dense_replace` on."""
+    fields.only("moe_layer_freq", 1)
     size = fields.size("moe_intermediate_size")
     num_layers = fields.size("num_hidden_layers")
     return ExpertsForm(
@@ -61,6 +62,8 @@ def deepseek_experts(fields: Fields, router: RouterForm) -> ExpertsForm:
 
 def _router(fields: Fields) -> RouterForm:
     scale = fields.number("routed_scaling_factor", 1.0)
+    fields.only("scoring_func", "softmax")
+    fields.only("norm_topk_prob", value=False)  # DeepSeek's code and transformers differ on it
     method = fields.values.get("topk_method")
     if method == "greedy":
         return RouterForm(scale=scale)

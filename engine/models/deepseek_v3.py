@@ -12,6 +12,8 @@ from engine.models.family import Family, activation_of
 
 
 def _form(fields: Fields) -> ModelForm:
+    fields.only("scoring_func", "sigmoid")
+    fields.only("topk_method", "noaux_tc")
     router = RouterForm(
         scoring="sigmoid",
         is_normalized=fields.flag("norm_topk_prob", default=True),

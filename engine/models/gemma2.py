@@ -7,6 +7,7 @@ from engine.models.windows import windows_by_type
 
 
 def _form(fields: Fields) -> ModelForm:
+    fields.only("use_bidirectional_attention", value=False)
     has_bias = fields.flag("attention_bias", default=False)
     return ModelForm(
         norms=NORMS_AROUND,

@@ -9,15 +9,13 @@ from engine.checkpoint.form import (
     NormForm,
     RouterForm,
 )
-from engine.errors import CheckpointError
 from engine.models.family import Family
 from engine.models.windows import windows_by_type
 
 
 def _form(fields: Fields) -> ModelForm:
-    for name, value in (("swiglu_alpha", SWIGLU_ALPHA), ("swiglu_limit", SWIGLU_LIMIT)):
-        if fields.number(name, value) != value:
-            raise CheckpointError(f"{fields.source}: {name} must be {value}")
+    fields.only("swiglu_alpha", SWIGLU_ALPHA)
+    fields.only("swiglu_limit", SWIGLU_LIMIT)
     has_bias = fields.flag("attention_bias", default=True)
     return ModelForm(
         norm=NormForm(is_wide=True),

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.checkpoint import default_cache_dir, demo, locate_model, model_digest, read_config
 from engine.errors import CheckpointError
+from engine.kernels.torch_kernels import TorchKernels
+from engine.models.build import load_model
 from tests.checkpoints import tiny_checkpoint, write_gguf
+from tests.unit.test_model_parity import CASES
 
 
 def edit_config(path: Path, **fields: Any) -> None:
@@ -105,6 +109,42 @@ def test_bad_configuration_is_refused(fields: dict[str, Any], match: str, checkp
     with pytest.raises(CheckpointError, match=match) as caught:
         read_config(checkpoint)
     assert str(checkpoint) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "match"),
+    [
+        ("gemma2", {"attn_logit_softcapping": -1.0}, "score_cap must be positive"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be in"),
+        ("gemma2", {"hidden_activation": "relu"}, "hidden_activation 'relu'"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "must name 3 layers"),
+        ("gemma2", {"sliding_window": None}, "has no sliding_window"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "True is not supported"),
+        ("gemma3_text", {"rope_parameters": {"full_attention": 3}}, "must hold objects"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling must be positive"),
+        ("phi3", {"partial_rotary_factor": 0.2, "rope_parameters": None}, "even number of dims"),
+        ("mixtral", {"num_experts_per_tok": 9}, r"experts per token \(9\)"),
+        ("mixtral", {"num_local_experts": 4000}, "layers and experts, the weights hold"),
+        ("qwen2_moe", {"mlp_only_layers": ["1"]}, "must be a list of integers"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be in"),
+        ("deepseek_v2", {"topk_method": "other"}, "topk_method 'other'"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob True is not supported"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim must be even"),
+        ("deepseek_v3", {"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1"),
+        ("deepseek_v3", {"n_group": 3}, r"multiple of n_group \(3\)"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit 5.0 is not supported"),
+    ],
+)
+def test_what_a_family_cannot_be_is_refused(
+    family: str, fields: dict[str, Any], match: str, tmp_path: Path
+) -> None:
+    case = next(case for case in CASES.values() if case.family == family)
+    path = tiny_checkpoint(tmp_path, family, **case.overrides)
+    edit_config(path, **fields)
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load_model(path, kernels=TorchKernels(torch.device("cpu")))
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff", "[" * 100_000])
