@@ -15,7 +15,7 @@ from engine.kernels import choose_kernels
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.pool import KvPool
 from engine.models.build import load_model
-from engine.parallel import RankGroup
+from engine.parallel import CollectivesConfig, RankGroup
 from engine.runtime.runner import ModelRunner
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 from tests.checkpoints import VOCAB_SIZE, tiny_checkpoint
@@ -26,6 +26,7 @@ NUM_BLOCKS = 32
 RELATIVE_TOLERANCE = 1e-4
 NUM_GREEDY = 12
 CPU = torch.device("cpu")
+TCP = CollectivesConfig(has_shared_memory=False)
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,21 @@ def test_split_over_ranks_equals_transformers(
     path, expected, answer = checkpoint_of(name, checkpoints)
     found = run_ranks(layout, compute, str(path))
     assert all(rank["answer"] == answer for rank in found)
+    assert_logits_near(found, expected)
+
+
+@pytest.mark.parametrize("layout", ["tp=3", "tp=2,pp=2"])
+def test_ranks_of_several_hosts_equal_transformers(
+    layout: str, checkpoints: dict[str, Any]
+) -> None:
+    path, expected, answer = checkpoint_of("llama-uneven", checkpoints)
+    found = run_ranks(layout, compute, str(path), config=TCP)
+    assert all(rank["answer"] == answer for rank in found)
+    assert_logits_near(found, expected)
+
+
+def assert_logits_near(found: list[dict[str, Any]], expected: torch.Tensor) -> None:
+    """The same bits on every rank that has them."""
     logits = [rank["logits"] for rank in found if rank["logits"] is not None]
     assert all(torch.equal(other, logits[0]) for other in logits), "ranks differ"
     error = (logits[0] - expected).abs().amax(-1) / expected.abs().amax(-1)
