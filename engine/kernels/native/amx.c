@@ -29,11 +29,14 @@ typedef struct beside beside;
 INLINE void beside_step(const int task, beside *work);
 enum { NOTHING = -1 };
 
+enum kept { KEEP_ROWS, KEEP_PANEL };
+#define LOAD_TILE(is_kept, ...) \
+    ((is_kept) ? _tile_loadd(__VA_ARGS__) : _tile_stream_loadd(__VA_ARGS__))
+
 /* c[rows][0..32) = a[rows][0..32 * steps) @ panel, or that added to c; strides in bytes.
  * `configure(rows)` went before. The sums run in the order of the inner dimension whatever `rows`
- * is. The rows are used once while the panel is used again: they pass the first-level cache by, so
- * that the panel stays in it. */
-INLINE void tile_block(int64_t rows, const void *a, int64_t a_stride, const char *panel,
+ * is. What is not `kept` for the next block passes the first-level cache by. */
+INLINE void tile_block(const enum kept kept, int64_t rows, const void *a, int64_t a_stride, const char *panel,
                        int64_t steps, int is_added, void *c, int64_t c_stride, const int task,
                        beside *work) {
     const char *upper = a, *lower = upper + TILE_ROWS * a_stride;
@@ -53,13 +56,13 @@ INLINE void tile_block(int64_t rows, const void *a, int64_t a_stride, const char
     }
     for (int64_t step = 0; step < steps; ++step) {
         if (task != NOTHING) beside_step(task, work);
-        _tile_stream_loadd(4, upper, a_stride);
-        _tile_loadd(6, panel, 64);
-        _tile_loadd(7, panel + TILE_BYTES, 64);
+        LOAD_TILE(kept == KEEP_ROWS, 4, upper, a_stride);
+        LOAD_TILE(kept == KEEP_PANEL, 6, panel, 64);
+        LOAD_TILE(kept == KEEP_PANEL, 7, panel + TILE_BYTES, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (has_lower) {
-            _tile_stream_loadd(5, lower, a_stride);
+            LOAD_TILE(kept == KEEP_ROWS, 5, lower, a_stride);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -213,8 +216,8 @@ INLINE void pass_panel(const int task, const linear_job *job, const char *panel,
             if (rows != configured) configure(configured = rows);
             const uint16_t *x = (const uint16_t *)job->x + row * job->x_stride + first * INNER_STEP;
             float *c = sums + (num_parts > 1 ? block : block % 2) * BLOCK_ROWS * PANEL;
-            tile_block(rows, x, job->x_stride * 2, panel + first * PANEL_STEP_BYTES, part_steps,
-                       part > 0, c, PANEL * 4, task, &work);
+            tile_block(KEEP_PANEL, rows, x, job->x_stride * 2, panel + first * PANEL_STEP_BYTES,
+                       part_steps, part > 0, c, PANEL * 4, task, &work);
             if (!is_last) continue;
             finish_rows(task, &work, BLOCK_ROWS);
             work.c = c;
@@ -377,22 +380,35 @@ INLINE __mmask32 lanes_between(int64_t i, int64_t first, int64_t end) {
     return (__mmask32)(below_end & ~below_first);
 }
 
-INLINE void soften(const int is_whole, const unit_memory *memory, int64_t row, int64_t first,
-                   int64_t end, int64_t block_first, int64_t block_end, float scale) {
+INLINE int sees_whole(seen_span span) {
+    return span.first <= span.block_first && span.end >= span.block_end;
+}
+
+INLINE __mmask32 seen_lanes(const int is_whole, seen_span span, int64_t i) {
+    return is_whole ? ~(__mmask32)0 : lanes_between(i, span.first, span.end);
+}
+
+INLINE void find_max_of(const int is_whole, const unit_memory *memory, int64_t row, seen_span span,
+                        float scale) {
     const float *scores = memory->scores + row * SCORE_STRIDE;
-    operand *weights = memory->weights + row * WEIGHT_STRIDE;
     __m512 largest = _mm512_set1_ps(-INFINITY), other = largest;
-    for (int64_t i = block_first; i < block_end; i += 32) {
-        __mmask32 seen = is_whole ? ~(__mmask32)0 : lanes_between(i, first, end);
+    for (int64_t i = span.block_first; i < span.block_end; i += 32) {
+        __mmask32 seen = seen_lanes(is_whole, span, i);
         __m512 a = _mm512_load_ps(scores + i), b = _mm512_load_ps(scores + i + 16);
         largest = _mm512_mask_max_ps(largest, (__mmask16)seen, largest, a);
         other = _mm512_mask_max_ps(other, (__mmask16)(seen >> 16), other, b);
     }
-    float max = _mm512_reduce_max_ps(_mm512_max_ps(largest, other)) * scale;
-    __m512 factor = _mm512_set1_ps(scale), base = _mm512_set1_ps(max);
+    memory->chunk_max[row] = _mm512_reduce_max_ps(_mm512_max_ps(largest, other)) * scale;
+}
+
+INLINE void weigh_row_of(const int is_whole, const unit_memory *memory, int64_t row,
+                         seen_span span, float scale) {
+    const float *scores = memory->scores + row * SCORE_STRIDE;
+    operand *weights = memory->weights + row * WEIGHT_STRIDE;
+    __m512 factor = _mm512_set1_ps(scale), base = _mm512_set1_ps(memory->chunk_max[row]);
     __m512 total = _mm512_setzero_ps(), other_total = total;
-    for (int64_t i = block_first; i < block_end; i += 32) {
-        __mmask32 seen = is_whole ? ~(__mmask32)0 : lanes_between(i, first, end);
+    for (int64_t i = span.block_first; i < span.block_end; i += 32) {
+        __mmask32 seen = seen_lanes(is_whole, span, i);
         __m512 a = _mm512_fmsub_ps(_mm512_load_ps(scores + i), factor, base);
         __m512 b = _mm512_fmsub_ps(_mm512_load_ps(scores + i + 16), factor, base);
         a = _mm512_maskz_mov_ps((__mmask16)seen, exp2_weight(a));
@@ -401,16 +417,21 @@ INLINE void soften(const int is_whole, const unit_memory *memory, int64_t row, i
         other_total = _mm512_add_ps(other_total, b);
         _mm512_store_si512(weights + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
     }
-    memory->chunk_max[row] = max;
     memory->chunk_weight[row] = _mm512_reduce_add_ps(_mm512_add_ps(total, other_total));
 }
 
-INLINE void soften_row(const unit_memory *memory, int64_t row, int64_t first, int64_t end,
-                       int64_t block_first, int64_t block_end, float scale) {
-    if (first <= block_first && end >= block_end)
-        soften(1, memory, row, first, end, block_first, block_end, scale);
+INLINE void find_max(const unit_memory *memory, int64_t row, seen_span span, float scale) {
+    if (sees_whole(span))
+        find_max_of(1, memory, row, span, scale);
     else
-        soften(0, memory, row, first, end, block_first, block_end, scale);
+        find_max_of(0, memory, row, span, scale);
+}
+
+INLINE void weigh_row(const unit_memory *memory, int64_t row, seen_span span, float scale) {
+    if (sees_whole(span))
+        weigh_row_of(1, memory, row, span, scale);
+    else
+        weigh_row_of(0, memory, row, span, scale);
 }
 
 INLINE void multiply_scores(unit_memory *memory, int64_t row, int64_t rows, int64_t first,
@@ -418,7 +439,7 @@ INLINE void multiply_scores(unit_memory *memory, int64_t row, int64_t rows, int6
     int64_t dim = memory->padded_dim;
     configure(rows);
     for (int64_t key = first; key < end; key += PANEL)
-        tile_block(rows, memory->q + row * dim, dim * 2, (const char *)(memory->keys + key * dim),
+        tile_block(KEEP_ROWS, rows, memory->q + row * dim, dim * 2, (const char *)(memory->keys + key * dim),
                    dim / INNER_STEP, 0, memory->scores + key, SCORE_STRIDE * 4, NOTHING, NULL);
 }
 
@@ -427,7 +448,7 @@ INLINE void multiply_values(unit_memory *memory, int64_t row, int64_t rows, int6
     (void)row;
     int64_t dim = memory->padded_dim;
     for (int64_t i = 0; i < dim; i += PANEL)
-        tile_block(rows, memory->weights + first, WEIGHT_STRIDE * 2,
+        tile_block(KEEP_ROWS, rows, memory->weights + first, WEIGHT_STRIDE * 2,
                    (const char *)(memory->values + i * KEY_CHUNK + first * PANEL),
                    (end - first) / 32, 0, memory->product + i, dim * 4, NOTHING, NULL);
 }

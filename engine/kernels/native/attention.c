@@ -44,32 +44,37 @@ INLINE void pack_values(int dtype, const attention_job *job, unit_memory *memory
         }
 }
 
-INLINE void soften_row(const unit_memory *memory, int64_t row, int64_t first, int64_t end,
-                       int64_t block_first, int64_t block_end, float scale) {
+/* Leaves the scores scaled, -inf where nothing is seen. */
+INLINE void find_max(const unit_memory *memory, int64_t row, seen_span span, float scale) {
     float *scores = memory->scores + row * SCORE_STRIDE;
-    float *weights = memory->weights + row * WEIGHT_STRIDE;
     static const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     vf largest = splat(-INFINITY);
-    for (int64_t i = first / LANES * LANES; i < end; i += LANES) {
+    for (int64_t i = span.first / LANES * LANES; i < span.end; i += LANES) {
         vf v = load_f32(scores + i) * splat(scale);
-        if (i < first || i + LANES > end) {
+        if (i < span.first || i + LANES > span.end) {
             vi at = lane + (int32_t)i;
-            v = select_f32((at >= (int32_t)first) & (at < (int32_t)end), v, splat(-INFINITY));
+            v = select_f32((at >= (int32_t)span.first) & (at < (int32_t)span.end), v,
+                           splat(-INFINITY));
         }
         store_f32(scores + i, v);
         largest = max_f32(largest, v);
     }
-    float max = first < end ? max_lanes(largest) : -INFINITY;
-    vf total = {0};
-    for (int64_t i = block_first; i < block_end; i += LANES) {
+    memory->chunk_max[row] = span.first < span.end ? max_lanes(largest) : -INFINITY;
+}
+
+INLINE void weigh_row(const unit_memory *memory, int64_t row, seen_span span, float scale) {
+    (void)scale;
+    const float *scores = memory->scores + row * SCORE_STRIDE;
+    float *weights = memory->weights + row * WEIGHT_STRIDE;
+    vf max = splat(memory->chunk_max[row]), total = {0};
+    for (int64_t i = span.block_first; i < span.block_end; i += LANES) {
         vf v = {0};
-        if (i + LANES > first && i < end) {
-            v = exp2_f32(load_f32(scores + i) - splat(max));
+        if (i + LANES > span.first && i < span.end) {
+            v = exp2_f32(load_f32(scores + i) - max);
             total += v;
         }
         store_f32(weights + i, v);
     }
-    memory->chunk_max[row] = max;
     memory->chunk_weight[row] = sum_lanes(total);
 }
 

@@ -5,7 +5,7 @@
  *   pack_query, pack_keys, pack_values
  *   multiply_scores                scores of a block of rows with keys [first, end) of a chunk
  *   multiply_values                weights of a block of rows times the values of the chunk
- *   soften_row                     scores of one row to weights
+ *   find_max, weigh_row            scores of one row to weights
  *   finish_unit                    called once a unit is done
  *
  * Rows of a unit are (query token, head of the group) pairs, so that the heads of a group share
@@ -81,10 +81,17 @@ INLINE void seen_keys(const attention_job *job, int64_t position, int64_t key, i
     *end = max_i64(min_i64(position + 1 - key, KEY_CHUNK), 0);
 }
 
-/* Scores of one row to weights 2^(score * scale - max), zero outside [first, end); fills
- * [block_first, block_end), and the row's chunk_max and chunk_weight. */
-INLINE void soften_row(const unit_memory *memory, int64_t row, int64_t first, int64_t end,
-                       int64_t block_first, int64_t block_end, float scale);
+/* What one row of a block sees, [first, end), of the keys that some row of it sees. */
+typedef struct {
+    int64_t first, end, block_first, block_end;
+} seen_span;
+
+/* The largest score of one row, times scale, into chunk_max. */
+INLINE void find_max(const unit_memory *memory, int64_t row, seen_span span, float scale);
+
+/* Scores of one row to weights 2^(score * scale - chunk_max) in [block_first, block_end), zero
+ * where it sees nothing, and their sum into chunk_weight. */
+INLINE void weigh_row(const unit_memory *memory, int64_t row, seen_span span, float scale);
 
 /* Adds a chunk's result of some rows to the merged one. Not inlined: each instance could fuse
  * another one of its multiplications, and a split unit must give the bits of a whole one. */
@@ -148,11 +155,15 @@ INLINE void attend_block(const attention_job *job, const attention_unit *unit,
         return;
     }
     multiply_scores(memory, row, rows, first, end);
+    /* All maxima before any weight: each ends in a chain of shuffles, and rows overlap in it. */
+    seen_span spans[BLOCK_ROWS];
+    float scale = job->scale * LOG2_E;
     for (int64_t i = 0; i < rows; ++i) {
-        int64_t row_first, row_end;
-        seen_keys(job, first_position + (row + i) / group, key, &row_first, &row_end);
-        soften_row(memory, i, row_first, row_end, first, end, job->scale * LOG2_E);
+        spans[i] = (seen_span){.block_first = first, .block_end = end};
+        seen_keys(job, first_position + (row + i) / group, key, &spans[i].first, &spans[i].end);
+        find_max(memory, i, spans[i], scale);
     }
+    for (int64_t i = 0; i < rows; ++i) weigh_row(memory, i, spans[i], scale);
     multiply_values(memory, row, rows, first, end);
     if (unit->partial < 0) {
         merge_rows(rows, dim, memory->sum + row * dim, memory->max + row, memory->weight + row,

@@ -307,14 +307,18 @@ EXPORT void isthmus_attention(int dtype, const void *q, void *out, const void *k
         .scale = scale,
     };
     int64_t group = num_heads / job.num_kv_heads;
-    int64_t tokens_per_unit = UNIT_ROWS / group > 0 ? UNIT_ROWS / group : 1;
-    int64_t num_singles = 0, num_units = 0;
-    for (int64_t i = 0; i < num_sequences; ++i) {
-        int64_t num_queries = query_start[i + 1] - query_start[i];
-        num_singles += num_queries == 1;
-        num_units += (num_queries + tokens_per_unit - 1) / tokens_per_unit * job.num_kv_heads;
-    }
     int64_t wanted = num_threads > 1 ? 4 * num_threads : 1;
+    int64_t tokens_per_unit = UNIT_ROWS / group > 0 ? UNIT_ROWS / group : 1;
+    int64_t num_singles = 0, num_units;
+    for (int64_t i = 0; i < num_sequences; ++i)
+        num_singles += query_start[i + 1] - query_start[i] == 1;
+    for (;; tokens_per_unit /= 2) { /* each unit packs the keys it sees: few, but enough to share */
+        num_units = 0;
+        for (int64_t i = 0; i < num_sequences; ++i)
+            num_units += (query_start[i + 1] - query_start[i] + tokens_per_unit - 1) /
+                         tokens_per_unit * job.num_kv_heads;
+        if (num_units >= wanted || tokens_per_unit == 1 || tokens_per_unit * group <= 32) break;
+    }
     int64_t num_parts = num_units > 0 ? (wanted + num_units - 1) / num_units : 1;
     if (group > MAX_SPLIT_ROWS) num_parts = 1;
     int64_t max_units = num_units + num_singles * job.num_kv_heads * (num_parts + 1);

@@ -6,36 +6,39 @@
 #define PASTE(a, b) PASTE_(a, b)
 #define NAME(base) PASTE(base, LEVEL)
 
-/* Writes norm(row) * weight; `sum` holds the row in float32 already rounded to dtype. */
-INLINE void norm_row(int dtype, const void *x, int64_t x_at, const void *weight, float eps,
-                     int64_t dim, void *out, int64_t out_at) {
+/* Writes norm(x + residual) * weight, and the sum, rounded, to the residual if there is one. Rows
+ * of whole vectors, `is_whole`, need no masks. */
+INLINE void norm_row(int dtype, const int is_whole, const void *x, int64_t x_at, void *residual,
+                     int64_t residual_at, const void *weight, float eps, int64_t dim, void *out,
+                     int64_t out_at) {
+#define COUNT(i) (is_whole ? LANES : dim - (i))
     vf squares = {0};
     for (int64_t i = 0; i < dim; i += LANES) {
-        vf v = load_any(dtype, x, x_at + i, dim - i);
+        vf v = load_any(dtype, x, x_at + i, COUNT(i));
+        if (residual) {
+            v = round_any(dtype, v + load_any(dtype, residual, residual_at + i, COUNT(i)));
+            store_any(dtype, residual, residual_at + i, COUNT(i), v);
+        }
         squares += v * v;
     }
+    if (residual) x = residual, x_at = residual_at;
     vf scale = splat(1.0f / sqrtf(sum_lanes(squares) / (float)dim + eps));
     for (int64_t i = 0; i < dim; i += LANES) {
-        vf v = round_any(dtype, load_any(dtype, x, x_at + i, dim - i) * scale);
-        store_any(dtype, out, out_at + i, dim - i, v * load_any(dtype, weight, i, dim - i));
+        vf v = round_any(dtype, load_any(dtype, x, x_at + i, COUNT(i)) * scale);
+        store_any(dtype, out, out_at + i, COUNT(i), v * load_any(dtype, weight, i, COUNT(i)));
     }
+#undef COUNT
 }
 
 INLINE void norm_rows(int dtype, const norm_job *job, int64_t begin, int64_t end) {
     int64_t dim = job->dim;
     for (int64_t row = begin; row < end; ++row) {
-        const void *x = job->x;
-        int64_t x_at = row * job->x_stride;
-        if (job->residual) {
-            for (int64_t i = 0; i < dim; i += LANES) {
-                vf sum = load_any(dtype, job->residual, row * dim + i, dim - i) +
-                         load_any(dtype, x, x_at + i, dim - i);
-                store_any(dtype, job->residual, row * dim + i, dim - i, sum);
-            }
-            x = job->residual;
-            x_at = row * dim;
-        }
-        norm_row(dtype, x, x_at, job->weight, job->eps, dim, job->out, row * job->out_stride);
+        if (dim % LANES == 0)
+            norm_row(dtype, 1, job->x, row * job->x_stride, job->residual, row * dim, job->weight,
+                     job->eps, dim, job->out, row * job->out_stride);
+        else
+            norm_row(dtype, 0, job->x, row * job->x_stride, job->residual, row * dim, job->weight,
+                     job->eps, dim, job->out, row * job->out_stride);
     }
 }
 
@@ -53,10 +56,11 @@ INLINE void silu_rows(int dtype, const silu_job *job, int64_t begin, int64_t end
 }
 
 /* Rotates one head; `to` may not overlap `from`. */
-INLINE void rotate_head(int dtype, const void *from, int64_t from_at, const float *cos,
-                        const float *sin, int64_t half, void *to, int64_t to_at) {
+INLINE void rotate_head(int dtype, const int is_whole, const void *from, int64_t from_at,
+                        const float *cos, const float *sin, int64_t half, void *to,
+                        int64_t to_at) {
     for (int64_t i = 0; i < half; i += LANES) {
-        int64_t count = half - i;
+        int64_t count = is_whole ? LANES : half - i;
         vf low = load_any(dtype, from, from_at + i, count);
         vf high = load_any(dtype, from, from_at + half + i, count);
         vf c = load_any(DTYPE_F32, cos, i, count), s = load_any(DTYPE_F32, sin, i, count);
@@ -79,7 +83,7 @@ INLINE void rope_rows(int dtype, const rope_job *job, int64_t begin, int64_t end
             int64_t from_at = row * job->qkv_stride + head * dim;
             const void *norm = is_query ? job->q_norm : job->k_norm;
             if (norm) {
-                norm_row(dtype, from, from_at, norm, job->eps, dim, normed, 0);
+                norm_row(dtype, 0, from, from_at, NULL, 0, norm, job->eps, dim, normed, 0);
                 from = normed;
                 from_at = 0;
             }
@@ -87,7 +91,10 @@ INLINE void rope_rows(int dtype, const rope_job *job, int64_t begin, int64_t end
             int64_t to_at = is_query ? (row * num_heads + head) * dim
                                      : block * job->block_stride +
                                            (head - num_heads) * job->head_stride + offset * dim;
-            rotate_head(dtype, from, from_at, cos, sin, half, to, to_at);
+            if (half % LANES == 0)
+                rotate_head(dtype, 1, from, from_at, cos, sin, half, to, to_at);
+            else
+                rotate_head(dtype, 0, from, from_at, cos, sin, half, to, to_at);
         }
         for (int64_t head = 0; head < num_kv_heads; ++head) {
             int64_t from_at = row * job->qkv_stride + (num_heads + num_kv_heads + head) * dim;
