@@ -20,8 +20,9 @@ from engine.parallel.linear import ColumnParallelLinear
 class MoeMlp(nn.Module):
     """The weighted sum of the experts that a router chose, and of a shared one.
 
-    Experts are split over `axes.ep`, the features of each over `axes.expert_tp`. The collectives
-    are those of the dispatch, then one all-reduce over the tensor axis.
+    Experts are split over `axes.ep`, which lies within a tensor group, and the features of each
+    over `axes.expert_tp`. The collectives are those of the dispatch, then one all-reduce over the
+    tensor axis.
     """
 
     def __init__(
@@ -36,6 +37,12 @@ class MoeMlp(nn.Module):
         super().__init__()
         block = f"{layer}.{experts.block}"
         self._tp = axes.tp
+        if axes.ep.size * axes.expert_tp.size != axes.tp.size:
+            raise ValueError(
+                f"ep={axes.ep.size} reaches beyond the {axes.tp.size} ranks of a tensor group, "
+                "whose tokens are the same: experts across dp or sp ranks are not supported; use "
+                "an ep that divides tp"
+            )
         self._dispatch: ExpertDispatch = ReplicatedDispatch(experts.num_experts, axes.ep)
         self.router = Router(config, experts, block=block, kernels=kernels)
         first = self._dispatch.first

@@ -70,6 +70,13 @@ CASES = {
     "olmo2": Case("olmo2", WIDE),
     "mixtral": Case("mixtral", {"num_local_experts": 8, "moe_intermediate_size": 40}),
     "deepseek-v2": Case("deepseek_v2", LATENT),
+    "deepseek-v3": Case("deepseek_v3", LATENT),
+    "qwen2-moe": Case(
+        "qwen2_moe",
+        {"num_experts": 8, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56},
+    ),
+    "qwen3-moe": Case("qwen3_moe", {"num_experts": 8, "moe_intermediate_size": 40}),
+    "gpt-oss": Case("gpt_oss", {"num_local_experts": 8, "sliding_window": 24}),
     "granite": Case(
         "granite",
         {
@@ -99,7 +106,12 @@ LAYOUTS = {
     "gemma3": ("tp=3", "pp=4", "tp=2,pp=2"),
     "phi3": ("tp=2", "tp=4", "pp=2", "tp=3,pp=2"),
     "olmo2": ("tp=2", "tp=3", "tp=4", "pp=2", "tp=3,pp=2"),
-    "mixtral": ("tp=2", "tp=3", "pp=3", "tp=3,pp=2"),
+    "mixtral": ("tp=2", "tp=3", "pp=3", "tp=3,pp=2", "tp=2,ep=2", "tp=4,ep=2", "tp=4,ep=4",
+                "tp=2,pp=2,ep=2"),
+    "qwen2-moe": ("tp=2", "tp=3", "tp=2,ep=2", "tp=4,ep=2"),
+    "qwen3-moe": ("tp=2", "tp=4,ep=4", "tp=2,pp=3,ep=2"),
+    "gpt-oss": ("tp=2", "tp=3", "tp=4,ep=2", "tp=2,pp=2,ep=2"),
+    "deepseek-v3": ("tp=2", "tp=2,ep=2", "tp=4,ep=2", "tp=3,pp=3"),
     "deepseek-v2": ("tp=2", "tp=3", "tp=4", "pp=3", "tp=3,pp=2"),
     "granite": ("tp=2", "pp=3", "tp=3,pp=2"),
 }  # fmt: skip

@@ -6,11 +6,29 @@ from typing import Any
 import pytest
 import torch
 
+from engine.checkpoint.config import ModelConfig, RopeConfig
 from engine.checkpoint.form import ExpertsForm, RouterForm
 from engine.errors import CheckpointError
-from engine.parallel.axes import AxisGroup
+from engine.kernels.torch_kernels import TorchKernels
+from engine.layers.moe import MoeMlp
+from engine.parallel.axes import AxisGroup, ParallelAxes
 from engine.parallel.experts import ReplicatedDispatch
 
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    architecture="MixtralForCausalLM",
+    vocab_size=8,
+    hidden_size=4,
+    intermediate_size=4,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=4,
+    max_context_tokens=8,
+    rms_norm_eps=1e-6,
+    rope=RopeConfig(),
+    windows=(None,),
+)
 NUM_EXPERTS, NUM_CHOSEN, SIZE = 6, 3, 5
 
 
@@ -68,6 +86,12 @@ def test_a_token_has_the_same_result_in_every_batch() -> None:
 def test_experts_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match=r"number of experts \(6\) must divide .* \(4\)"):
         ReplicatedDispatch(NUM_EXPERTS, AxisGroup(0, 4))
+
+
+def test_experts_beyond_a_tensor_group_are_refused() -> None:
+    axes = ParallelAxes(dp=AxisGroup(0, 2), ep=AxisGroup(0, 2))
+    with pytest.raises(ValueError, match="ep=2 reaches beyond the 1 ranks"):
+        MoeMlp(CONFIG, FORM, layer="model.layers.0", axes=axes, kernels=TorchKernels(CPU))
 
 
 FORM = ExpertsForm(num_experts=8, num_chosen=2, intermediate_size=4, layers=frozenset({0}))

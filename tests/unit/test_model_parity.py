@@ -220,6 +220,7 @@ class Runner:
 
     def __init__(self, model: CausalLM, prompts: Sequence[Sequence[int]]) -> None:
         self.model = model
+        assert model.norm is not None, "of one stage"
         self.device = model.norm.weight_D.device
         self.pool = TinyPool(model.config, device=self.device)
         order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1)).tolist()
@@ -435,6 +436,7 @@ def test_half_precision_is_as_near_to_float32_as_that_of_transformers(
     theirs = reference_logits(path, PROMPT, [], getattr(torch, dtype)).float()
     kernels = choose_kernels(CPU, getattr(torch, dtype), 1)
     model = load_model(path, kernels=kernels)
+    assert model.embedding is not None
     assert model.embedding.weight_VD.dtype == getattr(torch, dtype)
     half = Runner(model, [PROMPT])
     half.pool = TinyPool(model.config, getattr(torch, dtype))

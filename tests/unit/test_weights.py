@@ -149,6 +149,7 @@ def test_weights_are_converted_to_the_dtype_asked_for(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path, dtype="bfloat16")
     model = load_model(path, kernels=TorchKernels(CPU), dtype="float32")
     original = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    assert model.embedding is not None
     assert model.embedding.weight_VD.dtype == torch.float32
     assert torch.equal(model.embedding.weight_VD, original.float())
     with pytest.raises(ValueError, match="int8"):
