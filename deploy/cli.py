@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import mesh  # noqa: F401 - says how gRPC's core runs, so it comes before any command imports grpc
 from engine.errors import IsthmusError
 
 if TYPE_CHECKING:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 import uvloop
 
+import mesh  # noqa: F401 - says how gRPC's core runs, so it comes before the tests import grpc
+
 # Many tests run side by side on few cores: numerical libraries get one thread each.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
