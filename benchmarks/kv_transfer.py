@@ -31,7 +31,9 @@ from engine.kv_cache.pool import KvPool
 from engine.runtime.commands import Reservation
 from kv_transfer.config import DataPlane, TransferConfig
 from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.sender import KvSender
+from kv_transfer.sending_group import SendingGroup
 from kv_transfer.servicer import KvTransferServicer
 from mesh.channel import open_channel
 from mesh.server import listening
@@ -81,7 +83,7 @@ async def receive(data_plane: DataPlane) -> None:
         receiver = await stack.enter_async_context(
             KvReceiver(
                 RotatingLender(NUM_BLOCKS),
-                pool,
+                ReceivingGroup.single(pool, config),
                 receiver_id="receiver",
                 model_digest="benchmark",
                 config=config,
@@ -129,7 +131,7 @@ async def measure(data_plane: DataPlane, num_runs: int, *, has_checksums: bool) 
     try:
         with KvPool(LAYOUT, NUM_BLOCKS, torch.device("cpu")) as pool:
             async with KvSender(
-                pool,
+                SendingGroup.single(pool, config),
                 sender_id="sender",
                 model_digest="benchmark",
                 open_channel=open_channel,

@@ -20,6 +20,7 @@ from engine.runtime.engine_thread import EngineThread
 from engine.runtime.follower import follow
 from engine.runtime.membership import join_worker
 from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.servicer import KvTransferServicer
 from mesh.metrics import RankCollector
 from mesh.telemetry import exporting_spans
@@ -81,7 +82,7 @@ async def serve(
             EngineThread(engine) as thread,
             KvReceiver(
                 thread,
-                engine.runner.pool,
+                ReceivingGroup.single(engine.runner.pool, transfer),
                 receiver_id=identity.worker_id,
                 model_digest=digest,
                 config=transfer,

@@ -3,8 +3,9 @@
 from engine.errors import InvalidRequestError
 from engine.kv_cache.layout import KvLayout
 from kv_transfer.config import address_from
+from kv_transfer.group_layout import GroupLayout, RankBox
 from kv_transfer.lease import Lease
-from kv_transfer.offer import Offer, ShmOffer, TcpOffer
+from kv_transfer.offer import Offer, RankOffer, ShmOffer, TcpOffer
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
 
 HASH_BYTES = 16
@@ -40,24 +41,48 @@ def offer_to_pb(offer: Offer) -> pb.HandshakeResponse:
     return pb.HandshakeResponse(
         receiver_id=offer.receiver_id,
         epoch=offer.epoch,
-        layout=layout_to_pb(offer.layout),
+        layout=layout_to_pb(offer.layout.full),
         num_blocks=offer.num_blocks,
-        shm=None if offer.shm is None else _shm_to_pb(offer.shm),
-        tcp=None if offer.tcp is None else _tcp_to_pb(offer.tcp),
+        ranks=map(rank_to_pb, offer.layout.boxes, offer.ranks),
     )
 
 
 def offer_from(message: pb.HandshakeResponse) -> Offer:
     """Raises InvalidRequestError when it makes no sense; nothing in it is trusted yet."""
-    shm, tcp = message.shm, message.tcp
+    full = layout_from(message.layout)
+    try:
+        layout = GroupLayout(full, tuple(_box_from(rank) for rank in message.ranks))
+    except ValueError as error:
+        raise InvalidRequestError(f"ranks of {message.receiver_id}: {error}") from error
     return Offer(
         receiver_id=message.receiver_id,
         epoch=message.epoch,
-        layout=layout_from(message.layout),
+        layout=layout,
         num_blocks=message.num_blocks,
+        ranks=tuple(rank_offer_from(rank) for rank in message.ranks),
+    )
+
+
+def rank_to_pb(box: RankBox, offer: RankOffer) -> pb.KvRank:
+    return pb.KvRank(
+        layers=box.layers,
+        kv_heads=box.kv_heads,
+        shm=None if offer.shm is None else _shm_to_pb(offer.shm),
+        tcp=None if offer.tcp is None else _tcp_to_pb(offer.tcp),
+    )
+
+
+def rank_offer_from(message: pb.KvRank) -> RankOffer:
+    """Raises InvalidRequestError for a data address that is none."""
+    shm, tcp = message.shm, message.tcp
+    return RankOffer(
         shm=ShmOffer(shm.path, shm.num_bytes, shm.nonce) if message.HasField("shm") else None,
         tcp=_tcp_from(tcp) if message.HasField("tcp") else None,
     )
+
+
+def _box_from(message: pb.KvRank) -> RankBox:
+    return RankBox(tuple(message.layers), tuple(message.kv_heads))
 
 
 def lease_to_pb(lease: Lease) -> pb.ReserveResponse:
@@ -85,13 +110,13 @@ def _tcp_from(message: pb.TcpOffer) -> TcpOffer:
         raise InvalidRequestError(f"data address: {error}") from error
 
 
-def block_hashes_from(message: pb.ReserveRequest, layout: KvLayout) -> list[bytes]:
+def block_hashes_from(message: pb.ReserveRequest, block_size_tokens: int) -> list[bytes]:
     """Raises InvalidRequestError unless they are hashes of full blocks within the prompt."""
     hashes = list(message.block_hashes)
-    if len(hashes) > message.num_tokens // layout.block_size_tokens:
+    if len(hashes) > message.num_tokens // block_size_tokens:
         raise InvalidRequestError(
             f"{len(hashes)} block hashes for {message.num_tokens} tokens in blocks of"
-            f" {layout.block_size_tokens}"
+            f" {block_size_tokens}"
         )
     if any(len(block_hash) != HASH_BYTES for block_hash in hashes):
         raise InvalidRequestError(f"block hashes must have {HASH_BYTES} bytes each")

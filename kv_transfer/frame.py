@@ -1,18 +1,20 @@
 """The tcp data plane's frames: a fixed header before each payload, a fixed answer after each push.
 
-Big-endian. A frame carries slots of one block, rows outermost: [R, num_slots, X] as in `blocks`.
+Big-endian. A frame carries neighbouring slots of a box of one block: slots_LJGNX as in `blocks`.
 """
 
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
-MAGIC = b"ISKV"
-VERSION = 1
+from kv_transfer.reshard import Box
 
-# magic, version, flags, reserved, push, lease id, epoch, block id, first slot, slots, bytes,
-# checksum
-_HEADER = struct.Struct(">4sBBHIQQIIIIQ")
+MAGIC = b"ISKV"
+VERSION = 2
+
+# magic, version, flags, reserved, push, lease id, epoch, block id, first slot, slots, first layer,
+# layers, first head, heads, bytes, checksum
+_HEADER = struct.Struct(">4sBBHIQQIIIIIIIIQ")
 # magic, version, status, reserved, push, lease id
 _ANSWER = struct.Struct(">4sBBHIQ")
 HEADER_BYTES = _HEADER.size
@@ -52,6 +54,8 @@ class FrameHeader:
     block_id: int
     first_slot: int
     num_slots: int
+    box: Box
+    """Of the receiving rank's pool."""
     num_bytes: int
     checksum: int
 
@@ -67,6 +71,10 @@ class FrameHeader:
             self.block_id,
             self.first_slot,
             self.num_slots,
+            self.box.first_layer,
+            self.box.num_layers,
+            self.box.first_head,
+            self.box.num_heads,
             self.num_bytes,
             self.checksum,
         )
@@ -74,14 +82,26 @@ class FrameHeader:
 
 def header_from(data: bytes | bytearray | memoryview) -> FrameHeader:
     """Parse HEADER_BYTES bytes; raises FrameError unless they are a header of this version."""
-    magic, version, flags, reserved, *fields = _HEADER.unpack(data)
+    magic, version, flags, reserved, *place, num_bytes, checksum = _HEADER.unpack(data)
     if magic != MAGIC:
         raise FrameError("bad_magic")
     if version != VERSION:
         raise FrameError("bad_version")
     if reserved or flags > _ALL_FLAGS:
         raise FrameError("bad_flags")
-    return FrameHeader(FrameFlag(flags), *fields)
+    push, lease_id, epoch, block_id, first_slot, num_slots, *box = place
+    return FrameHeader(
+        flags=FrameFlag(flags),
+        push=push,
+        lease_id=lease_id,
+        epoch=epoch,
+        block_id=block_id,
+        first_slot=first_slot,
+        num_slots=num_slots,
+        box=Box(*box),
+        num_bytes=num_bytes,
+        checksum=checksum,
+    )
 
 
 @dataclass(frozen=True, slots=True)

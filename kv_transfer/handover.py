@@ -2,16 +2,27 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from engine.errors import KvLeaseLostError, PeerUnavailableError
-from kv_transfer.blocks import HostBlocks, SlotRange, slot_ranges
-from kv_transfer.memory import KvMemory
+from kv_transfer.blocks import SlotRange, slot_ranges
+from kv_transfer.group_layout import GroupLayout
 from kv_transfer.peer import Peer
 from kv_transfer.plane import WritePermit
 from kv_transfer.report import HandoverReport
+from kv_transfer.reshard import num_handover_bytes
 from kv_transfer.session import Session, outcome_of
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class TokenShard:
+    """Tokens [first_token, end_token), held by the ranks of one token shard."""
+
+    first_token: int
+    end_token: int
+    token_shard: int
 
 
 class Handover:
@@ -27,8 +38,7 @@ class Handover:
         block_ids: Sequence[int],
         num_cached_tokens: int,
         num_tokens: int,
-        memory: KvMemory,
-        host: HostBlocks | None,
+        layout: GroupLayout,
         report: HandoverReport,
         rpc_timeout_s: float,
     ) -> None:
@@ -40,8 +50,7 @@ class Handover:
         self._permit = permit
         self.block_ids = tuple(block_ids)
         self._num_tokens = num_tokens
-        self._memory = memory
-        self._host = host
+        self._layout = layout
         self._rpc_timeout_s = rpc_timeout_s
         self._end_token = num_cached_tokens
         self._writes: set[asyncio.Future[int]] = set()
@@ -60,8 +69,17 @@ class Handover:
         permit = self._permit
         return permit.clock() > permit.deadline_s - self.session.lease_s / 2
 
-    async def push(self, local_block_ids: Sequence[int], first_token: int, num_tokens: int) -> None:
+    async def push(
+        self,
+        local_block_ids: Sequence[int],
+        first_token: int,
+        num_tokens: int,
+        *,
+        shards: Sequence[TokenShard] = (),
+    ) -> None:
         """Write the KV of tokens [first_token, first_token + num_tokens); returns when it is there.
+
+        Every rank here must have computed its part.
 
         What the receiver has already (its cached prefix, earlier pushes) is skipped. The local
         blocks must not change before this returns, or, if it is cancelled, before `close` does.
@@ -70,8 +88,11 @@ class Handover:
             local_block_ids: all blocks of the sequence so far, in order.
             first_token: at most where the last push ended.
             num_tokens: tokens that these blocks hold from there on.
+            shards: which ranks hold which of these tokens, where they are split (sp): in order,
+                without gaps.
 
         Raises:
+            RankDeadError: a rank of this worker is gone; the text names it.
             KvLeaseLostError: the receiver took the blocks back, or the lease ended.
             PeerUnavailableError, KvCorruptionError: the bytes did not arrive.
         """
@@ -82,13 +103,22 @@ class Handover:
             raise ValueError(
                 f"push of tokens [{first_token}, {end}) where [{first}, {self._num_tokens}) is left"
             )
+        parts_of_shard: dict[int, list[SlotRange]] = {}
+        for shard in self._cut_shards(shards, first_token, end):
+            if shard.end_token > first:
+                parts_of_shard.setdefault(shard.token_shard, []).extend(
+                    slot_ranges(
+                        local_block_ids,
+                        self.block_ids,
+                        local_size_tokens=self._layout.block_size_tokens,
+                        remote_size_tokens=self.session.offer.layout.block_size_tokens,
+                        first_token=max(first, shard.first_token),
+                        end_token=shard.end_token,
+                    )
+                )
         self._end_token = end
-        layout = self._memory.layout
-        parts = slot_ranges(
-            layout, local_block_ids, self.block_ids, first_token=first, end_token=end
-        )
-        num_bytes = await self._write(parts)
-        if num_bytes != (end - first) * layout.bytes_per_token:
+        num_bytes = await self._write(parts_of_shard)
+        if num_bytes != num_handover_bytes(self.session.offer.layout, end - first):
             raise AssertionError(f"wrote {num_bytes} bytes for {end - first} tokens")
         self.report.num_bytes += num_bytes
         self.report.num_tokens += end - first
@@ -134,14 +164,37 @@ class Handover:
         if not self._is_committed:
             self.report.outcome = outcome_of(error)
 
-    async def _write(self, parts: Sequence[SlotRange]) -> int:
+    def _cut_shards(
+        self, shards: Sequence[TokenShard], first_token: int, end_token: int
+    ) -> Sequence[TokenShard]:
+        """`shards`, sure to be what was pushed and known to the layout."""
+        num_shards = self._layout.num_token_shards
+        if not shards and num_shards == 1:
+            return (TokenShard(first_token, end_token, 0),)
+        borders = [shard.first_token for shard in shards] + [end_token]
+        is_sound = (
+            borders[0] == first_token
+            and [shard.end_token for shard in shards] == borders[1:]
+            and all(shard.first_token < shard.end_token for shard in shards)
+            and all(0 <= shard.token_shard < num_shards for shard in shards)
+        )
+        if not is_sound:
+            raise ValueError(
+                f"tokens [{first_token}, {end_token}) of {num_shards} shards as {list(shards)}"
+            )
+        return shards
+
+    async def _write(self, parts_of_shard: Mapping[int, Sequence[SlotRange]]) -> int:
         report = self.report
         start_ns = report.computed_ns = time.time_ns()
         report.transfer_start_ns = report.transfer_start_ns or start_ns
-        writing = self.session.write(self._permit, self._memory, self._host, parts)
-        self._writes.add(writing)
-        writing.add_done_callback(self._end_write)
-        num_bytes = await asyncio.shield(writing)
+        writing = self.session.write(self._permit, parts_of_shard)
+        for write in writing:
+            self._writes.add(write)
+            write.add_done_callback(self._end_write)
+        # Does not cancel what it waits for; `close` waits for the rest.
+        done, _ = await asyncio.wait(writing, return_when=asyncio.FIRST_EXCEPTION)
+        num_bytes = sum(write.result() for write in done)
         report.transfer_end_ns = time.time_ns()
         report.write_ns += report.transfer_end_ns - start_ns
         return num_bytes

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.errors import KvLeaseLostError
-from kv_transfer.blocks import BlockSource, HostBlocks, SlotRange
+from kv_transfer.blocks import BlockSource, HostBlocks, SlotRange, copy_batches
 from kv_transfer.memory import KvMemory
 from kv_transfer.plane import WritePermit, WriteWindow
+from kv_transfer.reshard import Transfer
 
 
 class LoopbackIntake:
@@ -58,20 +59,25 @@ class LoopbackWriter:
         self._intake = intake
         self._slice_bytes = slice_bytes
 
-    def write(self, permit: WritePermit, source: BlockSource, parts: Sequence[SlotRange]) -> int:
+    def write(
+        self,
+        permit: WritePermit,
+        source: BlockSource,
+        parts: Sequence[SlotRange],
+        transfers: Sequence[Transfer],
+    ) -> int:
         num_bytes = 0
-        for part in parts:
-            targets = self._intake.blocks.slices(
-                part.remote_block_id, part.first_slot, part.num_slots, self._slice_bytes
-            )
-            for target, piece in zip(targets, source.slices(part, self._slice_bytes), strict=True):
-                self._intake.begin(permit.lease_id)
-                try:
-                    permit.check()
+        for batch in copy_batches(
+            source, self._intake.blocks, parts, transfers, max_bytes=self._slice_bytes
+        ):
+            self._intake.begin(permit.lease_id)
+            try:
+                permit.check()
+                for target, piece in batch:
                     np.copyto(target, piece)
-                finally:
-                    self._intake.end(permit.lease_id)
-                num_bytes += piece.nbytes
+                    num_bytes += piece.nbytes
+            finally:
+                self._intake.end(permit.lease_id)
         return num_bytes
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ class KvMemory(Protocol):
     def host_bytes(self) -> memoryview | None:
         """The pool, flat, writable: block b at [b * block_bytes, (b + 1) * block_bytes).
 
-        None when the pool is not host memory (CUDA): then only read_blocks and write_blocks work.
+        None when the pool is not host memory (CUDA): then only read_blocks and write_slots work.
         """
 
     @property
@@ -31,5 +31,11 @@ class KvMemory(Protocol):
     def read_blocks(self, block_ids: Sequence[int]) -> memoryview:
         """Copy whole blocks into fresh host memory, in this order."""
 
-    def write_blocks(self, block_ids: Sequence[int], data: memoryview) -> None:
-        """Copy whole blocks from host memory; blocks until the copy is visible to the engine."""
+    def write_slots(
+        self, block_id: int, *, layers: slice, heads: slice, slots: slice, data: memoryview
+    ) -> None:
+        """Copy slots of a box of one block from host memory, where they stand in this order.
+
+        Blocks until the copy is visible to the engine. Other slots, heads and layers of the block
+        may be written at the same time.
+        """

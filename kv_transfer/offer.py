@@ -1,11 +1,12 @@
 """What the two ends tell each other in a handshake, and how they are compared."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.errors import LayoutMismatchError
 from engine.kv_cache.layout import KvLayout
+from kv_transfer.group_layout import GroupLayout
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +27,47 @@ class TcpOffer:
 
 
 @dataclass(frozen=True, slots=True)
+class RankOffer:
+    """The data planes of one receiving rank; None where it has none."""
+
+    shm: ShmOffer | None
+    tcp: TcpOffer | None
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
     """The receiver's answer to a handshake."""
 
     receiver_id: str
     epoch: int
-    layout: KvLayout
+    layout: GroupLayout
     num_blocks: int
-    shm: ShmOffer | None
-    tcp: TcpOffer | None
+    """In every rank's pool."""
+    ranks: tuple[RankOffer, ...]
+
+    def rank_name(self, rank: int) -> str:
+        """For texts: the worker, and which of its ranks when it has several."""
+        return self.receiver_id if len(self.ranks) == 1 else f"rank {rank} of {self.receiver_id}"
 
 
 def check_same(
     theirs: tuple[int, str, KvLayout], ours: tuple[int, str, KvLayout], *, names: tuple[str, str]
 ) -> None:
-    """Compare (protocol version, model digest, layout) of two ends.
+    """Compare (protocol version, model digest, full layout) of two ends.
+
+    Blocks may differ in size: tokens are cut at the borders of both.
 
     Raises:
         LayoutMismatchError: they differ; the text shows both.
     """
-    if theirs != ours:
+    if theirs[:2] != ours[:2] or _cell(theirs[2]) != _cell(ours[2]):
         raise LayoutMismatchError(
             " but ".join(
                 f"{name} has protocol {version}, model {digest or 'unnamed'}, {layout}"
                 for name, (version, digest, layout) in zip(names, (theirs, ours), strict=True)
             )
         )
+
+
+def _cell(layout: KvLayout) -> KvLayout:
+    return replace(layout, block_size_tokens=1)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from grpc import aio
@@ -11,7 +11,8 @@ from engine.errors import IsthmusError, KvLeaseLostError
 from kv_transfer import convert
 from kv_transfer.config import TransferConfig
 from kv_transfer.offer import PROTOCOL_VERSION, Offer, check_same
-from kv_transfer.session import Session, WriterChoice
+from kv_transfer.sending_group import ShardLink
+from kv_transfer.session import Session
 from mesh.status import error_from_rpc
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
 from protos.isthmus.v1 import kv_transfer_pb2_grpc as pb_grpc
@@ -32,7 +33,7 @@ class Peer:
         *,
         greeting: pb.HandshakeRequest,
         config: TransferConfig,
-        open_writer: Callable[[Offer, str], WriterChoice],
+        open_links: Callable[[Offer, str], Awaitable[Sequence[ShardLink]]],
     ) -> None:
         self.address = address
         self.num_users = 0
@@ -40,7 +41,7 @@ class Peer:
         self.calls = pb_grpc.KvTransferServiceStub(channel)
         self._greeting = greeting
         self._config = config
-        self._open_writer = open_writer
+        self._open_links = open_links
         self._session: Session | None = None
         self._lock = asyncio.Lock()
 
@@ -48,27 +49,29 @@ class Peer:
     def has_session(self) -> bool:
         return self._session is not None
 
-    async def enter_session(self) -> tuple[Session, WriterChoice | None]:
-        """The session, entered, and how its data plane was chosen when it is new.
+    async def enter_session(self) -> tuple[Session, bool]:
+        """The session, entered, and whether it is new.
 
         Raises:
             LayoutMismatchError: both ends differ, or have no data plane in common.
             PeerUnavailableError: the worker cannot be reached.
+            RankDeadError: a rank of the worker here is gone.
         """
         async with self._lock:
-            choice = None
+            is_new = self._session is None
             if self._session is None:
                 offer = await self._handshake()
-                choice = await asyncio.to_thread(self._open_writer, offer, self.address)
-                self._session = Session(offer, choice.writer, lease_s=self._config.lease_s)
+                links = await self._open_links(offer, self.address)
+                self._session = Session(offer, links, lease_s=self._config.lease_s)
                 logger.info(
-                    "handshake receiver_id=%s address=%s data_plane=%s",
+                    "handshake receiver_id=%s address=%s ranks=%d data_plane=%s",
                     offer.receiver_id,
                     self.address,
-                    choice.writer.name,
+                    len(offer.ranks),
+                    self._session.data_plane,
                 )
             self._session.enter()
-            return self._session, choice
+            return self._session, is_new
 
     def forget(self, session: Session) -> None:
         """The worker has started again or is gone: the next handover handshakes anew."""
@@ -150,7 +153,7 @@ class Peer:
         offer = convert.offer_from(response)
         greeting = self._greeting
         check_same(
-            (PROTOCOL_VERSION, greeting.model_digest, offer.layout),
+            (PROTOCOL_VERSION, greeting.model_digest, offer.layout.full),
             (PROTOCOL_VERSION, greeting.model_digest, convert.layout_from(greeting.layout)),
             names=(offer.receiver_id, greeting.sender_id),
         )

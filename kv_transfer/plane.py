@@ -7,6 +7,7 @@ from typing import Protocol
 
 from engine.errors import IsthmusError, KvLeaseLostError
 from kv_transfer.blocks import BlockSource, SlotRange
+from kv_transfer.reshard import Transfer
 
 
 class WriteStoppedError(IsthmusError):
@@ -38,13 +39,19 @@ class WritePermit:
 
 
 class KvWriter(Protocol):
-    """The sender's end, for one receiver. One thread at a time calls write; it blocks."""
+    """A sending rank's end, for one receiving rank. One thread at a time writes; it blocks."""
 
     name: str
     """Label of the data plane in reports and metrics."""
 
-    def write(self, permit: WritePermit, source: BlockSource, parts: Sequence[SlotRange]) -> int:
-        """Write `parts` into the receiver's blocks; returns the payload bytes.
+    def write(
+        self,
+        permit: WritePermit,
+        source: BlockSource,
+        parts: Sequence[SlotRange],
+        transfers: Sequence[Transfer],
+    ) -> int:
+        """Write the boxes of `transfers` of all `parts`; returns the payload bytes.
 
         When it returns, the bytes are in the receiver's blocks. When it raises, nothing more is
         written under this call.

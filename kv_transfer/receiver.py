@@ -1,7 +1,6 @@
 """The decode worker's end of handovers: leases on its blocks, and who may write them."""
 
 import asyncio
-import contextlib
 import logging
 import secrets
 import time
@@ -15,28 +14,27 @@ from engine.errors import (
     CapacityError,
     DuplicateRequestError,
     InvalidRequestError,
+    IsthmusError,
     KvLeaseLostError,
     UnknownRequestError,
 )
 from engine.kv_cache.layout import KvLayout
 from engine.runtime.commands import Reservation
 from kv_transfer.block_lender import BlockLender
-from kv_transfer.config import DataPlane, TransferConfig
+from kv_transfer.config import TransferConfig
 from kv_transfer.counters import ReceiverCounters
+from kv_transfer.group_layout import GroupLayout
 from kv_transfer.lease import EndReason, Lease, LeaseState, LeaseTable
-from kv_transfer.memory import KvMemory
-from kv_transfer.offer import PROTOCOL_VERSION, Offer, check_same
-from kv_transfer.plane import KvIntake, WriteWindow
-from kv_transfer.shm import ShmIntake
-from kv_transfer.tcp_intake import TcpIntake
+from kv_transfer.offer import PROTOCOL_VERSION, Offer, RankOffer, check_same
+from kv_transfer.plane import WriteWindow
+from kv_transfer.receiving_group import ReceivingGroup
+from kv_transfer.reshard import num_handover_bytes
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 SWEEP_INTERVAL_S = 0.1
-FORCE_AFTER_S = 0.5
-"""A writer in the middle of a slice gets this long before it is cut off."""
 
 
 @dataclass(slots=True)
@@ -47,39 +45,28 @@ class _Ending:
     committed: asyncio.Future[None]
 
 
-@dataclass(slots=True)
-class _Planes:
-    shm: ShmIntake | None = None
-    tcp: TcpIntake | None = None
-    others: Sequence[KvIntake] = ()
-
-    @property
-    def all(self) -> list[KvIntake]:
-        return [plane for plane in (self.shm, self.tcp, *self.others) if plane is not None]
-
-
 class KvReceiver:
     """Lends blocks of `engine` to prefill workers. An async context manager; loop only.
 
-    A block that was lent goes back to the engine only when every data plane has fenced its
-    lease: no write can begin any more and none is under way.
+    A block that was lent goes back to the engine only when every data plane of every rank has
+    fenced its lease: no write can begin any more and none is under way.
     """
 
     def __init__(
         self,
         engine: BlockLender,
-        memory: KvMemory,
+        group: ReceivingGroup,
         *,
         receiver_id: str,
         model_digest: str,
         config: TransferConfig,
         epoch: int | None = None,
         clock: Callable[[], float] = time.monotonic,
-        other_planes: Sequence[KvIntake] = (),
     ) -> None:
         self.epoch = secrets.randbits(63) if epoch is None else epoch
         self._engine = engine
-        self._memory = memory
+        self._group = group
+        self._offers: tuple[RankOffer, ...] = ()
         self._receiver_id = receiver_id
         self._model_digest = model_digest
         self._config = config
@@ -87,16 +74,15 @@ class KvReceiver:
         self._endings: dict[int, _Ending] = {}
         self._pending: dict[str, asyncio.Timeout] = {}
         self._num_committed_tokens = 0
-        self._planes = _Planes(others=other_planes)
         self._stack = AsyncExitStack()
         self._tasks = asyncio.TaskGroup()
         self._running: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        """Raises OSError when the data address cannot be bound."""
+        """Raises what `ReceivingRank.start` raises."""
         async with AsyncExitStack() as stack:
-            self._open_planes()
-            stack.callback(self._close_planes)
+            self._offers = await self._group.start(self.epoch)
+            stack.push_async_callback(self._group.stop)
             await stack.enter_async_context(self._tasks)
             stack.callback(self._abandon)
             self._spawn(self._sweep_for_ever(), "kv-lease-sweeper")
@@ -112,21 +98,20 @@ class KvReceiver:
         await self._stack.__aexit__(kind, error, traceback)
 
     @property
-    def layout(self) -> KvLayout:
-        return self._memory.layout
+    def layout(self) -> GroupLayout:
+        return self._group.layout
 
     @property
     def counters(self) -> ReceiverCounters:
         """A snapshot; any thread may take it."""
-        tcp = self._planes.tcp
         return ReceiverCounters(
             num_live_leases=self._table.num_live,
             num_quarantined_leases=self._table.num_quarantined,
             num_waiting_reserves=len(self._pending),
             num_committed_tokens=self._num_committed_tokens,
-            num_committed_bytes=self._num_committed_tokens * self._memory.layout.bytes_per_token,
+            num_committed_bytes=num_handover_bytes(self.layout, self._num_committed_tokens),
             ended_leases={str(reason): n for reason, n in dict(self._table.ended).items()},
-            dropped_connections={} if tcp is None else dict(tcp.dropped),
+            dropped_connections=self._group.dropped,
         )
 
     def handshake(
@@ -139,17 +124,15 @@ class KvReceiver:
         """
         check_same(
             (protocol_version, model_digest, layout),
-            (PROTOCOL_VERSION, self._model_digest, self._memory.layout),
+            (PROTOCOL_VERSION, self._model_digest, self.layout.full),
             names=(sender_id, self._receiver_id),
         )
-        shm, tcp = self._planes.shm, self._planes.tcp
         return Offer(
             receiver_id=self._receiver_id,
             epoch=self.epoch,
-            layout=self._memory.layout,
-            num_blocks=self._memory.num_blocks,
-            shm=shm.offer if shm else None,
-            tcp=tcp.offer if tcp else None,
+            layout=self.layout,
+            num_blocks=self._group.num_blocks,
+            ranks=self._offers,
         )
 
     async def reserve(
@@ -172,14 +155,15 @@ class KvReceiver:
             UnknownRequestError: the request was aborted meanwhile.
             DuplicateRequestError: blocks are reserved for this request already.
             InvalidRequestError, CapacityError: it can never fit.
+            RankDeadError: a rank of this worker is gone; nothing is lent.
         """
         self._check_epoch(epoch)
-        layout = self._memory.layout
+        layout, num_blocks = self.layout, self._group.num_blocks
         if not request_id or num_tokens == 0:
             raise InvalidRequestError("a reservation needs a request id and at least one token")
-        if layout.num_blocks_for(num_tokens) > self._memory.num_blocks:
+        if layout.num_blocks_for(num_tokens) > num_blocks:
             raise CapacityError(
-                f"{num_tokens} tokens can never fit {self._memory.num_blocks} blocks of"
+                f"{num_tokens} tokens can never fit {num_blocks} blocks of"
                 f" {layout.block_size_tokens}"
             )
         await self._wait_for_quarantine(request_id)
@@ -197,8 +181,12 @@ class KvReceiver:
         window = WriteWindow(
             lease.lease_id, lease.block_ids, lease.num_cached_tokens, lease.num_tokens
         )
-        for plane in self._planes.all:
-            plane.open(window)
+        try:
+            await self._group.open(window)
+        except BaseException:
+            if self._table.revoke(lease, EndReason.REFUSED):
+                self._reclaim(lease)
+            raise
         return lease
 
     def renew(self, epoch: int, lease_ids: Sequence[int], lease_s: float) -> list[int]:
@@ -251,10 +239,11 @@ class KvReceiver:
         for lease in self._table.expire():
             logger.warning("lease expired request_id=%s owner=%s", lease.request_id, lease.owner)
             self._reclaim(lease)
-        for lease_id in self._table.purge():
+        old = self._table.purge()
+        for lease_id in old:
             self._endings.pop(lease_id).num_freed_blocks.cancel()
-            for plane in self._planes.all:
-                plane.forget(lease_id)
+        if old:
+            self._spawn(self._forget(old), "kv-forget")
 
     async def _end(self, lease: Lease, reason: EndReason) -> int:
         ending = self._endings[lease.lease_id]
@@ -271,12 +260,12 @@ class KvReceiver:
         self._spawn(self._free(lease), f"kv-free-{lease.request_id}")
 
     async def _free(self, lease: Lease) -> None:
-        await self._fence(lease.lease_id)
         freed = self._endings[lease.lease_id].num_freed_blocks
         try:
+            await self._group.fence(lease.lease_id)
             num_blocks = await self._engine.cancel_reservation(lease.request_id)
         except Exception as error:
-            # The blocks stay in quarantine: this happens when the engine is dead.
+            # The blocks stay in quarantine: this happens when the engine or a rank is dead.
             logger.exception("blocks not freed request_id=%s", lease.request_id)
             _fail(freed, error)
             return
@@ -287,7 +276,7 @@ class KvReceiver:
         committed = self._endings[lease.lease_id].committed
         try:
             self._check_num_bytes(lease, num_bytes)
-            await self._fence(lease.lease_id)
+            await self._group.fence(lease.lease_id)
             await self._engine.commit(lease.request_id, first_token_id)
         except Exception as error:  # noqa: BLE001 - raised again where the future is awaited
             if isinstance(error, UnknownRequestError):
@@ -302,19 +291,17 @@ class KvReceiver:
 
     def _check_num_bytes(self, lease: Lease, num_bytes: int) -> None:
         num_tokens = lease.num_tokens - lease.num_cached_tokens
-        expected = num_tokens * self._memory.layout.bytes_per_token
+        expected = num_handover_bytes(self.layout, num_tokens)
         if num_bytes != expected:
             raise InvalidRequestError(
                 f"commit of {num_bytes} bytes where {num_tokens} tokens are {expected}"
             )
 
-    async def _fence(self, lease_id: int) -> None:
-        pause_s = waited_s = 0.001
-        for plane in self._planes.all:
-            while not plane.fence(lease_id, is_forced=waited_s > FORCE_AFTER_S):
-                await asyncio.sleep(pause_s)
-                waited_s += pause_s
-                pause_s = min(2 * pause_s, 0.05)
+    async def _forget(self, lease_ids: Sequence[int]) -> None:
+        try:
+            await self._group.forget(lease_ids)
+        except IsthmusError as error:
+            logger.warning("leases not forgotten: %s", error)
 
     async def _wait_for_quarantine(self, request_id: str) -> None:
         """Blocks of an earlier try of the same request come back first."""
@@ -355,23 +342,6 @@ class KvReceiver:
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
             self.sweep()
-
-    def _open_planes(self) -> None:
-        wanted = self._config.data_plane
-        if wanted is not DataPlane.TCP and self._memory.shared_fd is not None:
-            self._planes.shm = ShmIntake(self._memory)
-        if wanted is not DataPlane.SHM:
-            with contextlib.ExitStack() as undo:
-                undo.callback(self._close_planes)
-                self._planes.tcp = TcpIntake(self._memory, epoch=self.epoch, config=self._config)
-                undo.pop_all()
-        if not self._planes.all:
-            raise ValueError("data_plane is shm but the KV pool is not in shared memory")
-
-    def _close_planes(self) -> None:
-        for plane in self._planes.all:
-            plane.close()
-        self._planes = _Planes()
 
     def _abandon(self) -> None:
         """End every wait; the blocks go down with the engine."""

@@ -75,13 +75,12 @@ def reshard_plan(sender: GroupLayout, receiver: GroupLayout) -> tuple[Transfer, 
         raise ValueError(f"layers and KV heads differ: {shapes[0]} there, {shapes[1]} here")
     if receiver.num_token_shards != 1:
         raise ValueError("a receiver's ranks each hold all tokens of a sequence")
-    pieces = list(_pieces(sender, receiver))
-    jobs = [Job(p.layers.length * p.heads.length, p.sender_ranks) for p in pieces]
-    transfers = [
-        transfer
-        for piece, shares in zip(pieces, share(jobs), strict=True)
-        for transfer in _transfers(piece, shares)
-    ]
+    transfers: list[Transfer] = []
+    for shard in range(sender.num_token_shards):
+        pieces = list(_pieces(sender, receiver, shard))
+        jobs = [Job(p.layers.length * p.heads.length, p.sender_ranks) for p in pieces]
+        for piece, shares in zip(pieces, share(jobs), strict=True):
+            transfers.extend(_transfers(piece, shares))
     return tuple(sorted(transfers, key=lambda t: (t.sender_rank, t.receiver_rank)))
 
 
@@ -90,17 +89,16 @@ def num_handover_bytes(receiver: GroupLayout, num_tokens: int) -> int:
     return num_tokens * receiver.bytes_per_token
 
 
-def _pieces(sender: GroupLayout, receiver: GroupLayout) -> Iterator[_Piece]:
-    for shard in range(sender.num_token_shards):
-        boxes = {rank: box for rank, box in enumerate(sender.boxes) if box.token_shard == shard}
-        layers_of = {rank: box.layers for rank, box in boxes.items()}
-        heads_of = {rank: box.kv_heads for rank, box in boxes.items()}
-        for receiver_rank, box in enumerate(receiver.boxes):
-            head_runs = _runs(box.kv_heads, heads_of)
-            for layers in _runs(box.layers, layers_of):
-                for heads in head_runs:
-                    ranks = tuple(rank for rank in layers.places if rank in heads.places)
-                    yield _Piece(receiver_rank, layers, heads, ranks)
+def _pieces(sender: GroupLayout, receiver: GroupLayout, shard: int) -> Iterator[_Piece]:
+    boxes = {rank: box for rank, box in enumerate(sender.boxes) if box.token_shard == shard}
+    layers_of = {rank: box.layers for rank, box in boxes.items()}
+    heads_of = {rank: box.kv_heads for rank, box in boxes.items()}
+    for receiver_rank, box in enumerate(receiver.boxes):
+        head_runs = _runs(box.kv_heads, heads_of)
+        for layers in _runs(box.layers, layers_of):
+            for heads in head_runs:
+                ranks = tuple(rank for rank in layers.places if rank in heads.places)
+                yield _Piece(receiver_rank, layers, heads, ranks)
 
 
 def _runs(wanted: Sequence[int], held_by: dict[int, tuple[int, ...]]) -> list[_Run]:

@@ -18,29 +18,33 @@ from engine.errors import (
     PeerUnavailableError,
 )
 from kv_transfer import convert
-from kv_transfer.blocks import host_blocks
 from kv_transfer.config import TransferConfig
 from kv_transfer.counters import SenderCounters
 from kv_transfer.handover import Handover
-from kv_transfer.memory import KvMemory
 from kv_transfer.offer import PROTOCOL_VERSION, Offer
 from kv_transfer.peer import Peer
 from kv_transfer.plane import WritePermit
 from kv_transfer.report import HandoverReport
-from kv_transfer.session import Session, WriterChoice, choose_writer, outcome_of
+from kv_transfer.sending_group import SendingGroup
+from kv_transfer.session import Session, outcome_of
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
 RENEWALS_PER_LEASE = 4
+HashBlocks = Callable[[int], Sequence[bytes]]
+
+
+def _no_hashes(block_size_tokens: int) -> Sequence[bytes]:
+    return ()
 
 
 class KvSender:
-    """Hands KV of `memory` to decode workers. An async context manager; loop only."""
+    """Hands KV of a worker's ranks to decode workers. An async context manager; loop only."""
 
     def __init__(
         self,
-        memory: KvMemory,
+        group: SendingGroup,
         *,
         sender_id: str,
         model_digest: str,
@@ -48,32 +52,26 @@ class KvSender:
         config: TransferConfig,
         clock: Callable[[], float] = time.monotonic,
         on_end: Callable[[HandoverReport], None] = lambda report: None,
-        open_writer: Callable[[Offer, str], WriterChoice] | None = None,
     ) -> None:
         """Nothing is opened before the first handover.
 
         Args:
-            memory: the pool that is read from.
+            group: the ranks whose pools are read from.
             sender_id: this worker, in the receiver's logs.
             model_digest: what the weights were read from; must be the receiver's.
             open_channel: a channel to an address; it is closed here.
             config: see there.
             clock: monotonic seconds, for leases.
             on_end: told about each handover that ended, committed or not.
-            open_writer: how the data plane is chosen; for tests.
         """
-        self._memory = memory
-        self._host = host_blocks(memory)
+        self._group = group
         self._open_channel = open_channel
         self._config = config
         self._clock = clock
         self._on_end = on_end
-        self._open_writer = open_writer or (
-            lambda offer, address: choose_writer(offer, config, peer_address=address)
-        )
         self._greeting = pb.HandshakeRequest(
             sender_id=sender_id,
-            layout=convert.layout_to_pb(memory.layout),
+            layout=convert.layout_to_pb(group.layout.full),
             model_digest=model_digest,
             protocol_version=PROTOCOL_VERSION,
         )
@@ -123,14 +121,14 @@ class KvSender:
         *,
         decode_address: str,
         num_tokens: int,
-        block_hashes: Sequence[bytes] = (),
+        hash_blocks: HashBlocks = _no_hashes,
     ) -> AsyncIterator[Handover]:
         """A handover inside the block; leaving it without a commit gives the blocks back."""
         handover = await self.open(
             request_id,
             decode_address=decode_address,
             num_tokens=num_tokens,
-            block_hashes=block_hashes,
+            hash_blocks=hash_blocks,
         )
         try:
             yield handover
@@ -146,7 +144,7 @@ class KvSender:
         *,
         decode_address: str,
         num_tokens: int,
-        block_hashes: Sequence[bytes] = (),
+        hash_blocks: HashBlocks = _no_hashes,
     ) -> Handover:
         """Reserve blocks for `num_tokens` tokens; waits while the receiver's pool is full.
 
@@ -156,7 +154,8 @@ class KvSender:
             request_id: the id under which the receiver's engine knows the sequence.
             decode_address: host:port of the receiver's gRPC server.
             num_tokens: tokens whose KV will be pushed, the receiver's cached prefix included.
-            block_hashes: of the prompt's full blocks, by which the receiver finds that prefix.
+            hash_blocks: called with the receiver's block size in tokens, gives the hashes of the
+                prompt's full blocks, by which the receiver finds that prefix.
 
         Raises:
             PeerUnavailableError, NotReadyError: another decode worker may do.
@@ -169,12 +168,11 @@ class KvSender:
         request = pb.ReserveRequest(
             request_id=request_id,
             num_tokens=num_tokens,
-            block_hashes=block_hashes,
             lease_ns=round(self._config.lease_s * 1e9),
         )
         peer = self._enter_peer(decode_address)
         try:
-            handover = await self._reserve(peer, request, report)
+            handover = await self._reserve(peer, request, hash_blocks, report)
         except BaseException as error:
             await self._leave_peer(peer)
             report.outcome = outcome_of(error)
@@ -204,12 +202,16 @@ class KvSender:
                 group.create_task(self._renew(peer, session), name=f"kv-renew-{peer.address}")
 
     async def _reserve(
-        self, peer: Peer, request: pb.ReserveRequest, report: HandoverReport
+        self,
+        peer: Peer,
+        request: pb.ReserveRequest,
+        hash_blocks: HashBlocks,
+        report: HandoverReport,
     ) -> Handover:
         """Handshake where needed and reserve, twice when the peer turns out to have restarted."""
         session, is_new = await self._enter_session(peer, report)
         try:
-            return await self._reserve_in(peer, session, request, report)
+            return await self._reserve_in(peer, session, request, hash_blocks, report)
         except (KvLeaseLostError, PeerUnavailableError):
             peer.forget(session)
             session.leave()
@@ -220,23 +222,28 @@ class KvSender:
             raise
         session, _ = await self._enter_session(peer, report)
         try:
-            return await self._reserve_in(peer, session, request, report)
+            return await self._reserve_in(peer, session, request, hash_blocks, report)
         except BaseException:
             session.leave()
             raise
 
     async def _enter_session(self, peer: Peer, report: HandoverReport) -> tuple[Session, bool]:
-        session, choice = await peer.enter_session()
-        if choice is not None:
+        session, is_new = await peer.enter_session()
+        if is_new:
             report.num_handshakes += 1
-            if choice.fallback_reason is not None:
-                self._fallbacks[choice.fallback_reason] += 1
-        return session, choice is not None
+            self._fallbacks.update(session.fallback_reasons)
+        return session, is_new
 
     async def _reserve_in(
-        self, peer: Peer, session: Session, request: pb.ReserveRequest, report: HandoverReport
+        self,
+        peer: Peer,
+        session: Session,
+        request: pb.ReserveRequest,
+        hash_blocks: HashBlocks,
+        report: HandoverReport,
     ) -> Handover:
         request.epoch = session.offer.epoch
+        request.block_hashes[:] = hash_blocks(session.offer.layout.block_size_tokens)
         sent_s = self._clock()
         response = await peer.reserve(request, self._config.reserve_timeout_s)
         check_grant(response, request.num_tokens, session.offer)
@@ -254,8 +261,7 @@ class KvSender:
             block_ids=response.block_ids,
             num_cached_tokens=response.num_cached_tokens,
             num_tokens=request.num_tokens,
-            memory=self._memory,
-            host=self._host,
+            layout=self._group.layout,
             report=report,
             rpc_timeout_s=self._config.rpc_timeout_s,
         )
@@ -301,7 +307,9 @@ class KvSender:
                 self._open_channel(address),
                 greeting=self._greeting,
                 config=self._config,
-                open_writer=self._open_writer,
+                open_links=lambda offer, address: self._group.open_links(
+                    offer, peer_address=address
+                ),
             )
         peer.num_users += 1
         return peer

@@ -37,7 +37,9 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
             owner=context.peer(),
             epoch=request.epoch,
             num_tokens=request.num_tokens,
-            block_hashes=convert.block_hashes_from(request, self._receiver.layout),
+            block_hashes=convert.block_hashes_from(
+                request, self._receiver.layout.block_size_tokens
+            ),
             lease_s=convert.lease_s_from(request.lease_ns),
         )
         return convert.lease_to_pb(lease)

@@ -24,10 +24,11 @@ from engine.errors import KvLeaseLostError, PeerUnavailableError
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.populate import populate
 from kv_transfer import range_lock
-from kv_transfer.blocks import BlockSource, HostBlocks, SlotRange
+from kv_transfer.blocks import BlockSource, HostBlocks, SlotRange, copy_batches
 from kv_transfer.memory import NONCE_BYTES, KvMemory
 from kv_transfer.offer import ShmOffer
 from kv_transfer.plane import WritePermit, WriteWindow
+from kv_transfer.reshard import Transfer
 
 _PATH = re.compile(r"/proc/[1-9][0-9]{0,9}/fd/(0|[1-9][0-9]{0,6})")
 
@@ -63,21 +64,24 @@ class ShmWriter:
         self._populator = threading.Thread(target=self._populate, name="kv-map", daemon=True)
         self._populator.start()
 
-    def write(self, permit: WritePermit, source: BlockSource, parts: Sequence[SlotRange]) -> int:
+    def write(
+        self,
+        permit: WritePermit,
+        source: BlockSource,
+        parts: Sequence[SlotRange],
+        transfers: Sequence[Transfer],
+    ) -> int:
         blocks = self._blocks
         assert blocks is not None, "write after close"
         num_bytes = 0
-        for part in parts:
-            targets = blocks.slices(
-                part.remote_block_id, part.first_slot, part.num_slots, self._slice_bytes
-            )
-            for target, piece in zip(targets, source.slices(part, self._slice_bytes), strict=True):
-                with range_lock.locked(self._fd, permit.lease_id) as is_mine:
-                    if not is_mine:
-                        raise KvLeaseLostError(f"the receiver took lease {permit.lease_id} back")
-                    permit.check()
+        for batch in copy_batches(source, blocks, parts, transfers, max_bytes=self._slice_bytes):
+            with range_lock.locked(self._fd, permit.lease_id) as is_mine:
+                if not is_mine:
+                    raise KvLeaseLostError(f"the receiver took lease {permit.lease_id} back")
+                permit.check()
+                for target, piece in batch:
                     np.copyto(target, piece)
-                num_bytes += piece.nbytes
+                    num_bytes += piece.nbytes
         return num_bytes
 
     def close(self) -> None:

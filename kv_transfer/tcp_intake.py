@@ -14,8 +14,9 @@ from collections import Counter
 import numpy as np
 import xxhash
 
+from engine.kv_cache.layout import KvLayout
 from kv_transfer import stream
-from kv_transfer.blocks import Bytes, HostBlocks, host_blocks
+from kv_transfer.blocks import Bytes, host_blocks
 from kv_transfer.config import TransferConfig, address_from
 from kv_transfer.frame import (
     HEADER_BYTES,
@@ -36,10 +37,9 @@ logger = logging.getLogger(__name__)
 class _Gate:
     """Which leases are open and who is writing under them; the loop and the threads share it."""
 
-    def __init__(self, epoch: int, block_size_tokens: int, bytes_per_token: int) -> None:
+    def __init__(self, epoch: int, layout: KvLayout) -> None:
         self._epoch = epoch
-        self._block_size_tokens = block_size_tokens
-        self._bytes_per_token = bytes_per_token
+        self._layout = layout
         self._lock = threading.Lock()
         self._windows: dict[int, tuple[WriteWindow, dict[int, int]]] = {}
         self._fenced: set[int] = set()
@@ -48,13 +48,14 @@ class _Gate:
     def open(self, window: WriteWindow) -> None:
         index_of = {block_id: index for index, block_id in enumerate(window.block_ids)}
         with self._lock:
-            self._windows[window.lease_id] = window, index_of
+            if window.lease_id not in self._fenced:  # an abort may come before the news of a grant
+                self._windows[window.lease_id] = window, index_of
 
     def fence(self, lease_id: int) -> list["_Connection"]:
         """Shut the lease; returns who is in the middle of a frame of it."""
         with self._lock:
-            if self._windows.pop(lease_id, None) is not None:
-                self._fenced.add(lease_id)
+            self._windows.pop(lease_id, None)
+            self._fenced.add(lease_id)
             return list(self._busy.get(lease_id, ()))
 
     def forget(self, lease_id: int) -> None:
@@ -63,12 +64,7 @@ class _Gate:
 
     def enter(self, header: FrameHeader, connection: "_Connection") -> bool:
         """Let a frame in; False when its lease was shut and its payload must go nowhere."""
-        if header.epoch != self._epoch:
-            raise FrameError("stale_epoch")
-        if not 1 <= header.num_slots <= self._block_size_tokens:
-            raise FrameError("bad_slots")
-        if header.num_bytes != header.num_slots * self._bytes_per_token:
-            raise FrameError("bad_length")
+        self._check_shape(header)
         with self._lock:
             if header.lease_id in self._fenced:
                 return False
@@ -79,9 +75,9 @@ class _Gate:
             index = index_of.get(header.block_id)
             if index is None:
                 raise FrameError("foreign_block")
-            first_token = index * self._block_size_tokens + header.first_slot
+            first_token = index * self._layout.block_size_tokens + header.first_slot
             is_inside = (
-                header.first_slot + header.num_slots <= self._block_size_tokens
+                header.first_slot + header.num_slots <= self._layout.block_size_tokens
                 and window.first_token <= first_token
                 and first_token + header.num_slots <= window.end_token
             )
@@ -97,6 +93,22 @@ class _Gate:
             if not writers:
                 del self._busy[header.lease_id]
 
+    def _check_shape(self, header: FrameHeader) -> None:
+        layout, box = self._layout, header.box
+        if header.epoch != self._epoch:
+            raise FrameError("stale_epoch")
+        if not 1 <= header.num_slots <= layout.block_size_tokens:
+            raise FrameError("bad_slots")
+        is_inside = (
+            box.num_cells > 0
+            and box.first_layer + box.num_layers <= layout.num_layers
+            and box.first_head + box.num_heads <= layout.num_kv_heads
+        )
+        if not is_inside:
+            raise FrameError("bad_box")
+        if header.num_bytes != header.num_slots * box.num_cells * layout.bytes_per_cell:
+            raise FrameError("bad_length")
+
 
 class TcpIntake:
     """Listens from construction on; `close` ends every thread."""
@@ -105,7 +117,7 @@ class TcpIntake:
         """Raises OSError when the address cannot be bound."""
         self.memory = memory
         self.blocks = host_blocks(memory)
-        self.gate = _Gate(epoch, memory.layout.block_size_tokens, memory.layout.bytes_per_token)
+        self.gate = _Gate(epoch, memory.layout)
         self.timeout_s = config.data_timeout_s
         self.dropped: Counter[str] = Counter()
         """Connections that were closed from this side, by reason."""
@@ -236,35 +248,39 @@ class _Connection:
             self._intake.gate.leave(header, self)
 
     def _receive_slots(self, header: FrameHeader) -> PushStatus:
-        memory, blocks = self._intake.memory, self._intake.blocks
-        is_whole = header.num_slots == memory.layout.block_size_tokens
-        if blocks is not None and is_whole:
-            target = blocks.slots(header.block_id, 0, header.num_slots).reshape(-1)
+        blocks = self._intake.blocks
+        view = None
+        if blocks is not None:
+            view = blocks.slots(header.block_id, header.box, header.first_slot, header.num_slots)
+        if view is not None and view.flags.c_contiguous:
+            return self._receive_checked(header, view.reshape(-1))
+        data = self._scratch(header.num_bytes)
+        status = self._receive_checked(header, data)
+        if status is not PushStatus.WRITTEN:
+            return status
+        if view is None:
+            self._write_device(header, data)
         else:
-            target = self._scratch(header.num_bytes)
+            # One strided copy: cheaper than receiving into each of the box's many short runs.
+            np.copyto(view, data.reshape(view.shape))
+        return PushStatus.WRITTEN
+
+    def _receive_checked(self, header: FrameHeader, target: Bytes) -> PushStatus:
         self._receive_payload(target)
         has_checksum = FrameFlag.CHECKSUM in header.flags
         if has_checksum and xxhash.xxh3_64_intdigest(target.data) != header.checksum:
             return PushStatus.CORRUPT
-        if blocks is None:
-            self._write_device(header, target, is_whole=is_whole)
-        elif not is_whole:
-            view = blocks.slots(header.block_id, header.first_slot, header.num_slots)
-            np.copyto(view, target.reshape(view.shape))
         return PushStatus.WRITTEN
 
-    def _write_device(self, header: FrameHeader, data: Bytes, *, is_whole: bool) -> None:
-        memory = self._intake.memory
-        if is_whole:
-            memory.write_blocks([header.block_id], data.data)
-            return
-        # Slots that are there already must stay: read, patch, write back.
-        copy = bytearray(memory.read_blocks([header.block_id]))
-        view = HostBlocks(memory.layout, memoryview(copy), 1).slots(
-            0, header.first_slot, header.num_slots
+    def _write_device(self, header: FrameHeader, data: Bytes) -> None:
+        box, first_slot = header.box, header.first_slot
+        self._intake.memory.write_slots(
+            header.block_id,
+            layers=slice(box.first_layer, box.first_layer + box.num_layers),
+            heads=slice(box.first_head, box.first_head + box.num_heads),
+            slots=slice(first_slot, first_slot + header.num_slots),
+            data=data.data,
         )
-        np.copyto(view, data.reshape(view.shape))
-        memory.write_blocks([header.block_id], memoryview(copy))
 
     def _receive_payload(self, target: Bytes) -> None:
         is_open = stream.receive(self._socket, target.data, timeout_s=self._intake.timeout_s)

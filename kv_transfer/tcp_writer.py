@@ -3,6 +3,7 @@
 import logging
 import socket
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 import xxhash
@@ -25,6 +26,7 @@ from kv_transfer.frame import (
     answer_from,
 )
 from kv_transfer.plane import WritePermit
+from kv_transfer.reshard import Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +49,25 @@ class TcpWriter:
         self._socket: socket.socket | None = None
         self._num_pushes = 0
 
-    def write(self, permit: WritePermit, source: BlockSource, parts: Sequence[SlotRange]) -> int:
-        if not parts:
+    def write(
+        self,
+        permit: WritePermit,
+        source: BlockSource,
+        parts: Sequence[SlotRange],
+        transfers: Sequence[Transfer],
+    ) -> int:
+        frames = list(product(parts, transfers))
+        if not frames:
             return 0
         if self._socket is not None:
             try:
-                return self._write(self._socket, permit, source, parts)
+                return self._write(self._socket, permit, source, frames)
             except OSError as error:  # e.g. idle for long: frames may be sent twice
                 logger.info("connecting again to %s:%s: %s", *self._address, error)
                 self.close()
         sock = self._connect()
         try:
-            return self._write(sock, permit, source, parts)
+            return self._write(sock, permit, source, frames)
         except OSError as error:
             self.close()
             raise PeerUnavailableError(f"{self._peer}: {error}") from error
@@ -86,16 +95,16 @@ class TcpWriter:
         sock: socket.socket,
         permit: WritePermit,
         source: BlockSource,
-        parts: Sequence[SlotRange],
+        frames: Sequence[tuple[SlotRange, Transfer]],
     ) -> int:
         self._num_pushes = (self._num_pushes + 1) & 0xFFFFFFFF
         num_bytes = 0
         is_whole = False  # frames begun are also ended
         try:
-            for index, part in enumerate(parts):
+            for index, frame in enumerate(frames):
                 permit.check()
-                is_last = index == len(parts) - 1
-                num_bytes += self._send_frame(sock, permit, source, part, is_last=is_last)
+                is_last = index == len(frames) - 1
+                num_bytes += self._send_frame(sock, permit, source, *frame, is_last=is_last)
             status = self._await_answer(sock, permit)
             is_whole = True
         finally:
@@ -113,10 +122,11 @@ class TcpWriter:
         permit: WritePermit,
         source: BlockSource,
         part: SlotRange,
+        transfer: Transfer,
         *,
         is_last: bool,
     ) -> int:
-        payload = np.ascontiguousarray(source.slots(part)).reshape(-1)
+        payload = np.ascontiguousarray(source.slots(part, transfer.source)).reshape(-1)
         flags = FrameFlag(0)
         checksum = 0
         if is_last:
@@ -130,8 +140,9 @@ class TcpWriter:
             lease_id=permit.lease_id,
             epoch=permit.epoch,
             block_id=part.remote_block_id,
-            first_slot=part.first_slot,
+            first_slot=part.remote_slot,
             num_slots=part.num_slots,
+            box=transfer.target,
             num_bytes=payload.nbytes,
             checksum=checksum,
         )

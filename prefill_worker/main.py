@@ -19,6 +19,7 @@ from engine.runtime.follower import follow
 from engine.runtime.membership import join_worker
 from engine.scheduling.block_hash import block_hashes
 from kv_transfer.sender import KvSender
+from kv_transfer.sending_group import SendingGroup
 from mesh.channel import open_channel
 from mesh.metrics import RankCollector
 from mesh.telemetry import exporting_spans
@@ -78,9 +79,8 @@ async def serve(
         metrics.register(RankCollector(lambda: engine.rank_times))
     rope_salt = engine.runner.model.config.rope_salt
 
-    def hash_blocks(token_ids: Sequence[int]) -> Sequence[bytes]:
-        salt = rope_salt(len(token_ids))
-        return block_hashes(token_ids, engine_config.block_size_tokens, salt=salt)
+    def hash_blocks(token_ids: Sequence[int], block_size_tokens: int) -> Sequence[bytes]:
+        return block_hashes(token_ids, block_size_tokens, salt=rope_salt(len(token_ids)))
 
     with exporting_spans(
         "isthmus-prefill", instance_id=identity.worker_id, otlp_endpoint=worker.otlp_endpoint
@@ -88,7 +88,7 @@ async def serve(
         async with (
             EngineThread(engine) as thread,
             KvSender(
-                engine.runner.pool,
+                SendingGroup.single(engine.runner.pool, transfer),
                 sender_id=identity.worker_id,
                 model_digest=digest,
                 open_channel=open_channel,

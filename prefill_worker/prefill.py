@@ -52,7 +52,7 @@ class Prefiller:
         engine: RequestEngine,
         sender: KvSender,
         *,
-        hash_blocks: Callable[[Sequence[int]], Sequence[bytes]],
+        hash_blocks: Callable[[Sequence[int], int], Sequence[bytes]],
     ) -> None:
         self._engine = engine
         self._sender = sender
@@ -126,7 +126,7 @@ class Prefiller:
             job.request.request_id,
             decode_address=job.decode_address,
             num_tokens=len(token_ids),
-            block_hashes=self._hash_blocks(token_ids),
+            hash_blocks=lambda size: self._hash_blocks(token_ids, size),
         ) as handover:
             if (receiver_id := handover.session.offer.receiver_id) != job.decode_worker_id:
                 raise PeerUnavailableError(

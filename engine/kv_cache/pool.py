@@ -1,6 +1,7 @@
 """The paged KV pool: one tensor of blocks, on CPU in memory that other processes can map.
 
-Shape suffixes: P blocks, L layers, J key then value, G KV heads, C slots in a block, A head dim.
+Shape suffixes: P blocks, L layers, J parts (key, value), G KV heads, C slots in a block,
+A head dim.
 """
 
 import errno
@@ -79,14 +80,16 @@ class KvPool:
         copied = self.blocks_PLJGCA.index_select(0, index_P).cpu().contiguous()
         return memoryview(copied.flatten().view(torch.uint8).numpy().data)
 
-    def write_blocks(self, block_ids: Sequence[int], data: memoryview) -> None:
-        expected = len(block_ids) * self.layout.block_bytes
+    def write_slots(
+        self, block_id: int, *, layers: slice, heads: slice, slots: slice, data: memoryview
+    ) -> None:
+        self._check_ids([block_id])
+        target_LJGCA = self.blocks_PLJGCA[block_id, layers, :, heads, slots]
+        expected = target_LJGCA.numel() * target_LJGCA.element_size()
         if data.nbytes != expected:
-            raise ValueError(f"{len(block_ids)} blocks are {expected} bytes, got {data.nbytes}")
-        index_P = self._index(block_ids)
-        flat = torch.frombuffer(bytearray(data), dtype=self.blocks_PLJGCA.dtype)
-        blocks = flat.view(len(block_ids), *self.layout.block_shape).to(self.device)
-        self.blocks_PLJGCA.index_copy_(0, index_P, blocks)
+            raise ValueError(f"these slots of a block are {expected} bytes, got {data.nbytes}")
+        flat = torch.frombuffer(bytearray(data), dtype=target_LJGCA.dtype)
+        target_LJGCA.copy_(flat.view(target_LJGCA.shape))
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
@@ -97,9 +100,12 @@ class KvPool:
             self._fd = None
 
     def _index(self, block_ids: Sequence[int]) -> torch.Tensor:
+        self._check_ids(block_ids)
+        return torch.tensor(list(block_ids), dtype=torch.int64, device=self.device)
+
+    def _check_ids(self, block_ids: Sequence[int]) -> None:
         if block_ids and not (min(block_ids) >= 0 and max(block_ids) < self.num_blocks):
             raise ValueError(f"block ids must be in [0, {self.num_blocks})")
-        return torch.tensor(list(block_ids), dtype=torch.int64, device=self.device)
 
     def _shared_tensor(self, dtype: torch.dtype) -> torch.Tensor:
         total_bytes = self.num_bytes + NONCE_BYTES

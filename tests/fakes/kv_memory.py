@@ -9,10 +9,14 @@ import numpy as np
 
 from engine.kv_cache.layout import KvLayout
 from kv_transfer.memory import NONCE_BYTES
+from kv_transfer.reshard import Box, Transfer
 
 TINY_LAYOUT = KvLayout(
     num_layers=3, num_kv_heads=2, head_dim=8, block_size_tokens=4, dtype="bfloat16"
 )
+WHOLE_BOX = Box(0, 3, 0, 2)
+WHOLE = (Transfer(0, 0, WHOLE_BOX, WHOLE_BOX),)
+"""From one rank to one rank, both of TINY_LAYOUT."""
 
 
 class HostMemory:
@@ -47,8 +51,15 @@ class HostMemory:
     def read_blocks(self, block_ids: Sequence[int]) -> memoryview:
         return memoryview(np.ascontiguousarray(self.rows()[list(block_ids)]).reshape(-1).data)
 
-    def write_blocks(self, block_ids: Sequence[int], data: memoryview) -> None:
-        self.rows()[list(block_ids)] = np.frombuffer(data, np.uint8).reshape(len(block_ids), -1)
+    def write_slots(
+        self, block_id: int, *, layers: slice, heads: slice, slots: slice, data: memoryview
+    ) -> None:
+        view = self.blocks()[block_id, layers, :, heads, slots]
+        view[...] = np.frombuffer(data, np.uint8).reshape(view.shape)
+
+    def blocks(self) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+        """[P, L, J, G, C, X]: a view of the pool."""
+        return self.rows().reshape(self.num_blocks, *self.layout.block_shape[:-1], -1)
 
     def rows(self) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
         """The pool, one block a row."""
@@ -57,11 +68,8 @@ class HostMemory:
     def tokens(
         self, block_ids: Sequence[int], first_token: int, end_token: int
     ) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
-        """[T, R, X]: the bytes of tokens of the sequence that has these blocks."""
-        layout = self.layout
-        num_rows = layout.num_layers * layout.num_parts * layout.num_kv_heads
-        shape = (len(block_ids), num_rows, layout.block_size_tokens, -1)
-        slots = self.rows()[list(block_ids)].reshape(shape).transpose(0, 2, 1, 3)
+        """[T, L, J, G, X]: the bytes of tokens of the sequence that has these blocks."""
+        slots = np.moveaxis(self.blocks()[list(block_ids)], 4, 1)
         return slots.reshape(-1, *slots.shape[2:])[first_token:end_token]
 
     def fill_randomly(self, seed: int) -> Self:

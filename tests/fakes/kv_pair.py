@@ -9,13 +9,17 @@ from grpc import aio
 
 from engine.kv_cache.layout import KvLayout
 from kv_transfer.config import DataPlane, TransferConfig
+from kv_transfer.group_layout import GroupLayout
+from kv_transfer.local_receiving_rank import LocalReceivingRank
+from kv_transfer.local_sending_rank import LocalSendingRank, WriterChoice
 from kv_transfer.loopback import LoopbackIntake, LoopbackWriter
-from kv_transfer.offer import Offer
 from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.report import HandoverReport
 from kv_transfer.sender import KvSender
+from kv_transfer.sending_group import SendingGroup
+from kv_transfer.sending_rank import Target
 from kv_transfer.servicer import KvTransferServicer
-from kv_transfer.session import WriterChoice
 from mesh.channel import open_channel
 from mesh.server import listening
 from protos.isthmus.v1 import kv_transfer_pb2_grpc as pb_grpc
@@ -73,31 +77,31 @@ async def kv_pair(
         remote = stack.enter_context(remote_type(num_blocks).fill_randomly(seed=2))
         loopback = LoopbackIntake(remote) if data_plane == "loopback" else None
 
-        def open_loopback(offer: Offer, address: str) -> WriterChoice:
+        def open_loopback(target: Target, config: TransferConfig) -> WriterChoice:
             assert loopback is not None
             return WriterChoice(LoopbackWriter(loopback, slice_bytes=config.slice_bytes), None)
 
+        source = LocalSendingRank(local, config, open_writer=open_loopback if loopback else None)
+        target = LocalReceivingRank(remote, config, other_planes=(loopback,) if loopback else ())
         receiver = await stack.enter_async_context(
             KvReceiver(
                 engine,
-                remote,
+                ReceivingGroup(GroupLayout.single(remote.layout), num_blocks, (target,)),
                 receiver_id="decode-0",
                 model_digest="abc",
                 config=config,
-                other_planes=(loopback,) if loopback else (),
                 **clocks,
             )
         )
         address = await stack.enter_async_context(serving(receiver))
         sender = await stack.enter_async_context(
             KvSender(
-                local,
+                SendingGroup(GroupLayout.single(sender_layout), (source,)),
                 sender_id="prefill-0",
                 model_digest=sender_digest,
                 open_channel=open_channel,
                 config=config,
                 on_end=reports.append,
-                open_writer=open_loopback if loopback else None,
                 **clocks,
             )
         )

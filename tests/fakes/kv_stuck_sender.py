@@ -14,6 +14,7 @@ import numpy as np
 from kv_transfer import stream
 from kv_transfer.config import DataPlane
 from kv_transfer.sender import KvSender
+from kv_transfer.sending_group import SendingGroup
 from mesh.channel import open_channel
 from tests.fakes.kv_memory import HostMemory
 from tests.fakes.kv_pair import FAST
@@ -41,14 +42,15 @@ async def main(address: str, plane: str) -> None:
         np.copyto = hang_in_copy  # type: ignore[assignment]
     else:
         stream.send = hang_in_send
+    config = replace(FAST, data_plane=DataPlane(plane))
     with HostMemory().fill_randomly(1) as local:
         async with (
             KvSender(
-                local,
+                SendingGroup.single(local, config),
                 sender_id="prefill-0",
                 model_digest="abc",
                 open_channel=open_channel,
-                config=replace(FAST, data_plane=DataPlane(plane)),
+                config=config,
             ) as sender,
             sender.handover("r", decode_address=address, num_tokens=13) as handover,
         ):

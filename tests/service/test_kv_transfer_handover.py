@@ -29,7 +29,9 @@ from kv_transfer.config import DataPlane
 from kv_transfer.handover import Handover
 from kv_transfer.peer import Peer
 from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.sender import KvSender, check_grant
+from kv_transfer.sending_group import SendingGroup
 from mesh.channel import open_channel
 from mesh.status import error_from_rpc
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
@@ -91,10 +93,10 @@ async def test_another_model_is_refused_with_both_sides_named() -> None:
     "change",
     [
         {"num_layers": 4},
-        {"block_size_tokens": 8},
+        {"num_parts": 1},
         {"dtype": "float16"},
         {"num_kv_heads": 1},
-        {"num_parts": 1},
+        {"head_dim": 4},
     ],
     ids=str,
 )
@@ -106,7 +108,7 @@ async def test_another_layout_is_refused(change) -> None:
 
 async def test_another_protocol_version_is_refused() -> None:
     async with kv_pair() as pair, open_channel(pair.address) as channel:
-        request = pb.HandshakeRequest(sender_id="p", model_digest="abc", protocol_version=2)
+        request = pb.HandshakeRequest(sender_id="p", model_digest="abc", protocol_version=3)
         request.layout.CopyFrom(
             pb.KvLayout(
                 num_layers=3,
@@ -117,7 +119,7 @@ async def test_another_protocol_version_is_refused() -> None:
                 num_parts=2,
             )
         )
-        with pytest.raises(aio.AioRpcError, match=r"protocol 2.*but.*protocol 1") as failure:
+        with pytest.raises(aio.AioRpcError, match=r"protocol 3.*but.*protocol 2") as failure:
             await pb_grpc.KvTransferServiceStub(channel).Handshake(request)
         assert failure.value.code() is StatusCode.FAILED_PRECONDITION
 
@@ -128,12 +130,15 @@ async def test_a_worker_is_greeted_once() -> None:
         assert [report.num_handshakes for report in reports] == [1, 0, 0]
 
 
+def offer_another_segment(pair: KvPair) -> None:
+    (offer,) = pair.receiver._offers
+    assert offer.shm is not None
+    pair.receiver._offers = (replace(offer, shm=replace(offer.shm, nonce=bytes(16))),)
+
+
 async def test_a_pool_on_another_host_is_reached_by_tcp_and_that_is_counted(monkeypatch) -> None:
-    monkeypatch.setattr("kv_transfer.shm.ShmIntake.open", lambda self, window: None)
     async with kv_pair(config=replace(FAST, data_plane=DataPlane.AUTO), plane="auto") as pair:
-        shm = pair.receiver._planes.shm
-        assert shm is not None
-        shm.offer = replace(shm.offer, nonce=bytes(16))
+        offer_another_segment(pair)
         handover = await complete(pair)
         assert handover.report.data_plane == "tcp"
         assert pair.sender.counters.fallbacks == {"not_mappable": 1}
@@ -141,9 +146,7 @@ async def test_a_pool_on_another_host_is_reached_by_tcp_and_that_is_counted(monk
 
 async def test_a_data_plane_that_was_asked_for_is_not_replaced() -> None:
     async with kv_pair("shm") as pair:
-        shm = pair.receiver._planes.shm
-        assert shm is not None
-        shm.offer = replace(shm.offer, nonce=bytes(16))
+        offer_another_segment(pair)
         with pytest.raises(PeerUnavailableError, match="another host"):
             await pair.sender.open("r", decode_address=pair.address, num_tokens=13)
 
@@ -158,7 +161,6 @@ async def test_a_wildcard_data_address_means_the_host_of_the_grpc_server() -> No
 
 async def test_the_receivers_cached_prefix_is_not_sent() -> None:
     prompt = list(range(13))
-    hashes = block_hashes(prompt, 4)
     async with kv_pair() as pair:
         sink = ListSink()
         request = Request(
@@ -168,7 +170,9 @@ async def test_the_receivers_cached_prefix_is_not_sent() -> None:
         )
         pair.engine.submit(request, SequenceMode.LOCAL, sink)
         await sink.wait_until_over("earlier")
-        async with handover_of(pair, block_hashes=hashes) as handover:
+        async with handover_of(
+            pair, hash_blocks=lambda size: block_hashes(prompt, size)
+        ) as handover:
             before = pair.remote.rows()[list(handover.block_ids[:2])].copy()
             await handover.push(BLOCKS, 0, 5)
             assert handover.report.num_bytes == 0
@@ -292,7 +296,7 @@ async def test_a_reserve_that_makes_no_sense_is_refused(fields, error) -> None:
 async def test_a_grant_that_makes_no_sense_is_refused(fields) -> None:
     async with kv_pair() as pair:
         offer = pair.receiver.handshake(
-            sender_id="p", layout=TINY_LAYOUT, model_digest="abc", protocol_version=1
+            sender_id="p", layout=TINY_LAYOUT, model_digest="abc", protocol_version=2
         )
         good: dict[str, Any] = {
             "lease_id": 1,
@@ -447,8 +451,9 @@ async def test_a_worker_that_started_again_is_greeted_again() -> None:
 
         async def start(receiver_id: str, address: str) -> str:
             remote = first.enter_context(HostMemory())
+            group = ReceivingGroup.single(remote, FAST)
             receiver = KvReceiver(
-                engine, remote, receiver_id=receiver_id, model_digest="abc", config=FAST
+                engine, group, receiver_id=receiver_id, model_digest="abc", config=FAST
             )
             await first.enter_async_context(receiver)
             return await first.enter_async_context(serving(receiver, address=address))
@@ -637,8 +642,9 @@ async def release_of(stub: pb_grpc.KvTransferServiceStub, request: pb.ReleaseReq
 
 async def test_closing_a_sender_gives_back_what_is_open() -> None:
     async with kv_pair() as pair:
+        group = SendingGroup.single(pair.local, FAST)
         other = KvSender(
-            pair.local, sender_id="p", model_digest="abc", open_channel=open_channel, config=FAST
+            group, sender_id="p", model_digest="abc", open_channel=open_channel, config=FAST
         )
         async with other:
             await other.open("r", decode_address=pair.address, num_tokens=13)

@@ -24,11 +24,12 @@ from kv_transfer.blocks import SlotRange, host_blocks, source_from
 from kv_transfer.config import TransferConfig
 from kv_transfer.frame import FrameFlag, FrameHeader, PushStatus, answer_from
 from kv_transfer.plane import WritePermit, WriteStoppedError, WriteWindow
+from kv_transfer.reshard import Box
 from kv_transfer.tcp_intake import TcpIntake
 from kv_transfer.tcp_writer import TcpWriter
 from tests.fakes.clock import FakeClock
 from tests.fakes.descriptors import open_things
-from tests.fakes.kv_memory import TINY_LAYOUT, HostMemory
+from tests.fakes.kv_memory import TINY_LAYOUT, WHOLE, WHOLE_BOX, HostMemory
 
 EPOCH = 77
 LEASE_ID = 5
@@ -44,6 +45,7 @@ GOOD = FrameHeader(
     block_id=9,
     first_slot=0,
     num_slots=4,
+    box=WHOLE_BOX,
     num_bytes=BLOCK_BYTES,
     checksum=0,
 )
@@ -104,7 +106,7 @@ def a_permit(lease_id: int = LEASE_ID, epoch: int = EPOCH) -> WritePermit:
 
 def written(writer: TcpWriter, local: HostMemory, parts: list[SlotRange], permit=None) -> int:
     source = source_from(local, host_blocks(local), parts)
-    return writer.write(permit or a_permit(), source, parts)
+    return writer.write(permit or a_permit(), source, parts, WHOLE)
 
 
 def test_a_good_frame_is_written_and_answered() -> None:
@@ -129,6 +131,12 @@ def test_a_good_frame_is_written_and_answered() -> None:
             "bad_slots",
             PushStatus.REFUSED,
         ),
+        ({"box": Box(1, 3, 0, 2)}, "bad_box", PushStatus.REFUSED),
+        ({"box": Box(0, 3, 1, 2)}, "bad_box", PushStatus.REFUSED),
+        ({"box": Box(0, 0, 0, 2), "num_bytes": 0}, "bad_box", PushStatus.REFUSED),
+        ({"box": Box(0, 3, 0, 0), "num_bytes": 0}, "bad_box", PushStatus.REFUSED),
+        ({"box": Box(0, 0xFFFFFFFF, 0, 2)}, "bad_box", PushStatus.REFUSED),
+        ({"box": Box(0, 2, 0, 2)}, "bad_length", PushStatus.REFUSED),
         ({"num_bytes": BLOCK_BYTES - 1}, "bad_length", PushStatus.REFUSED),
         ({"num_bytes": 0xFFFFFFFF}, "bad_length", PushStatus.REFUSED),
         ({"first_slot": 1}, "foreign_slots", PushStatus.REFUSED),
@@ -159,8 +167,8 @@ def test_a_frame_outside_its_lease_closes_the_connection(changes, reason, status
             "bad_magic",
         ),
         (b"\x16\x03\x01" + bytes(200), "bad_magic"),
-        (b"ISKV\x02" + bytes(200), "bad_version"),
-        (b"ISKV\x01\xff" + bytes(200), "bad_flags"),
+        (b"ISKV\x01" + bytes(200), "bad_version"),
+        (b"ISKV\x02\xff" + bytes(200), "bad_flags"),
     ],
     ids=["http", "tls", "version", "flags"],
 )
@@ -270,7 +278,7 @@ def test_too_many_connections_are_refused() -> None:
 
 
 def test_the_writer_names_what_the_receiver_answered() -> None:
-    whole = [SlotRange(0, 9, 0, 4)]
+    whole = [SlotRange(0, 0, 9, 0, 4)]
     with HostMemory() as memory, HostMemory() as local, an_intake(memory) as intake:
         writer = a_writer(intake)
         assert written(writer, local, whole) == BLOCK_BYTES
@@ -279,8 +287,8 @@ def test_the_writer_names_what_the_receiver_answered() -> None:
         with pytest.raises(KvLeaseLostError, match="LEASE_LOST"):
             written(writer, local, whole, a_permit(epoch=6))
         with pytest.raises(LayoutMismatchError, match="REFUSED"):
-            written(writer, local, [SlotRange(0, 8, 0, 4)])
-        assert written(writer, local, [SlotRange(0, 9, 1, 2)]) == 2 * TOKEN_BYTES
+            written(writer, local, [SlotRange(0, 0, 8, 0, 4)])
+        assert written(writer, local, [SlotRange(0, 1, 9, 1, 2)]) == 2 * TOKEN_BYTES
         writer.close()
 
 
@@ -290,12 +298,12 @@ def test_damage_on_the_way_is_named(monkeypatch) -> None:
         digests = itertools.count()  # each end finds another one
         monkeypatch.setattr(xxhash, "xxh3_64_intdigest", lambda data: next(digests))
         with pytest.raises(KvCorruptionError):
-            written(writer, local, [SlotRange(0, 9, 0, 4)])
+            written(writer, local, [SlotRange(0, 0, 9, 0, 4)])
         writer.close()
 
 
 def test_the_writer_connects_again_when_its_connection_has_gone() -> None:
-    whole = [SlotRange(0, 9, 0, 4)]
+    whole = [SlotRange(0, 0, 9, 0, 4)]
     with HostMemory() as memory, HostMemory().fill_randomly(1) as local:
         with an_intake(memory) as intake:
             writer = a_writer(intake)
@@ -327,7 +335,7 @@ def test_a_receiver_that_is_none_is_unavailable(reply: bytes | None) -> None:
         thread.start()
         writer = TcpWriter(listener.getsockname(), timeout_s=0.5, has_checksums=True)
         with pytest.raises(PeerUnavailableError):
-            written(writer, local, [SlotRange(0, 9, 0, 4)])
+            written(writer, local, [SlotRange(0, 0, 9, 0, 4)])
         writer.close()
         thread.join(WAIT_S)
 
@@ -340,7 +348,7 @@ def test_a_write_that_is_stuck_ends_when_it_is_stopped() -> None:
 
         def write() -> None:
             try:
-                written(writer, local, [SlotRange(0, 9, 0, 4)], permit)
+                written(writer, local, [SlotRange(0, 0, 9, 0, 4)], permit)
             except WriteStoppedError as error:
                 outcome.append(error)
 

@@ -172,8 +172,8 @@ def hand_over(prefill: ModelEngine, decode: ModelEngine, request: Request) -> li
     assert isinstance(reservation, Reservation)
     skip = reservation.num_cached_tokens // 16
     if held[skip:]:
-        data = prefill.kv_pool.read_blocks(held[skip:])
-        decode.kv_pool.write_blocks(reservation.block_ids[skip:], data)
+        blocks = prefill.kv_pool.blocks_PLJGCA[list(held[skip:])]
+        decode.kv_pool.blocks_PLJGCA[list(reservation.block_ids[skip:])] = blocks
     tokens: dict[str, list[int]] = {}
     collect(decode.apply(6, CommitReservation(request_id, first[0])), tokens)
     rest = run(decode, [request], DECODE)

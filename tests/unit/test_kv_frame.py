@@ -15,6 +15,7 @@ from kv_transfer.frame import (
     answer_from,
     header_from,
 )
+from kv_transfer.reshard import Box
 
 u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 headers = st.builds(
@@ -26,6 +27,7 @@ headers = st.builds(
     block_id=u32,
     first_slot=u32,
     num_slots=u32,
+    box=st.builds(Box, u32, u32, u32, u32),
     num_bytes=u32,
     checksum=u64,
 )
@@ -54,10 +56,12 @@ def test_noise_is_no_header(data: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("place", "value", "reason"),
-    [(0, 0, "bad_magic"), (4, 2, "bad_version"), (5, 4, "bad_flags"), (7, 1, "bad_flags")],
+    [(0, 0, "bad_magic"), (4, 1, "bad_version"), (5, 4, "bad_flags"), (7, 1, "bad_flags")],
 )
 def test_a_foreign_header_is_named(place: int, value: int, reason: str) -> None:
-    data = bytearray(FrameHeader(FrameFlag.LAST, 1, 2, 3, 4, 5, 6, 7, 8).to_bytes())
+    data = bytearray(
+        FrameHeader(FrameFlag.LAST, 1, 2, 3, 4, 5, 6, Box(1, 2, 3, 4), 7, 8).to_bytes()
+    )
     data[place] = value
     with pytest.raises(FrameError, match=reason):
         header_from(data)

@@ -51,15 +51,31 @@ def test_blocks_read_are_blocks_written(pool):
     pool.blocks_PLJGCA.copy_(torch.randn(pool.blocks_PLJGCA.shape))
     data = pool.read_blocks([3, 1])
     with KvPool(LAYOUT, 2, torch.device("cpu")) as other:
-        other.write_blocks([1, 0], data)
+        whole = {"layers": slice(0, 3), "heads": slice(0, 2), "slots": slice(0, 8)}
+        other.write_slots(1, **whole, data=data[: LAYOUT.block_bytes])
+        other.write_slots(0, **whole, data=data[LAYOUT.block_bytes :])
         torch.testing.assert_close(other.blocks_PLJGCA[1], pool.blocks_PLJGCA[3])
         torch.testing.assert_close(other.blocks_PLJGCA[0], pool.blocks_PLJGCA[1])
 
 
-@pytest.mark.parametrize(("block_ids", "num_blocks"), [([5], 1), ([-1], 1), ([0], 2)])
-def test_wrong_blocks_are_refused(pool, block_ids, num_blocks):
+def test_slots_of_a_box_are_written_and_nothing_else(pool):
+    new_LJGCA = torch.randn(2, 2, 1, 3, 4).to(torch.bfloat16)
+    data = memoryview(new_LJGCA.flatten().view(torch.uint8).numpy().data)
+    box = {"layers": slice(1, 3), "heads": slice(1, 2), "slots": slice(2, 5)}
+    expected = pool.blocks_PLJGCA.clone()
+    expected[4, 1:3, :, 1:2, 2:5] = new_LJGCA
+    pool.write_slots(4, **box, data=data)
+    torch.testing.assert_close(pool.blocks_PLJGCA, expected)
+
+
+@pytest.mark.parametrize(
+    ("block_id", "num_bytes"),
+    [(5, LAYOUT.block_bytes), (-1, LAYOUT.block_bytes), (0, LAYOUT.block_bytes + 1), (0, 0)],
+)
+def test_wrong_slots_are_refused(pool, block_id, num_bytes):
+    whole = {"layers": slice(0, 3), "heads": slice(0, 2), "slots": slice(0, 8)}
     with pytest.raises(ValueError, match="block"):
-        pool.write_blocks(block_ids, memoryview(bytes(num_blocks * LAYOUT.block_bytes)))
+        pool.write_slots(block_id, **whole, data=memoryview(bytes(num_bytes)))
 
 
 def test_closed_pool_has_no_descriptor(pool):
@@ -112,6 +128,12 @@ def test_cuda_pool_reads_what_was_written():
     pool = KvPool(LAYOUT, 4, torch.device("cuda"))
     assert pool.host_bytes is None
     assert pool.shared_fd is None
-    data = memoryview(os.urandom(2 * LAYOUT.block_bytes))
-    pool.write_blocks([2, 0], data)
-    assert bytes(pool.read_blocks([2, 0])) == bytes(data)
+    data = memoryview(os.urandom(LAYOUT.block_bytes))
+    pool.write_slots(2, layers=slice(0, 3), heads=slice(0, 2), slots=slice(0, 8), data=data)
+    assert bytes(pool.read_blocks([2])) == bytes(data)
+    part = os.urandom(2 * 2 * 4 * 2)
+    pool.write_slots(
+        2, layers=slice(1, 3), heads=slice(1, 2), slots=slice(7, 8), data=memoryview(part)
+    )
+    written = pool.blocks_PLJGCA[2, 1:3, :, 1:2, 7:8].cpu().flatten().view(torch.uint8)
+    assert bytes(written.tolist()) == part

@@ -18,10 +18,10 @@ from kv_transfer.offer import ShmOffer
 from kv_transfer.plane import WritePermit, WriteStoppedError
 from kv_transfer.shm import ShmIntake, ShmWriter
 from tests.fakes.clock import FakeClock
-from tests.fakes.kv_memory import TINY_LAYOUT, DeviceMemory, HostMemory
+from tests.fakes.kv_memory import TINY_LAYOUT, WHOLE, DeviceMemory, HostMemory
 
 LEASE_ID = (1 << 62) - 1  # the largest there is
-ONE_BLOCK = [SlotRange(0, 3, 0, 4)]
+ONE_BLOCK = [SlotRange(0, 0, 3, 0, 4)]
 
 
 @contextmanager
@@ -48,10 +48,10 @@ def test_a_fenced_lease_lets_no_slice_in() -> None:
     with pair() as (intake, writer, remote), HostMemory().fill_randomly(1) as local:
         assert intake.fence(LEASE_ID, is_forced=False)
         with pytest.raises(KvLeaseLostError, match="took lease"):
-            writer.write(permit(FakeClock()), a_source(local), ONE_BLOCK)
+            writer.write(permit(FakeClock()), a_source(local), ONE_BLOCK, WHOLE)
         assert not remote.rows().any()
         other = permit(FakeClock(), lease_id=7)
-        assert writer.write(other, a_source(local), ONE_BLOCK) == TINY_LAYOUT.block_bytes
+        assert writer.write(other, a_source(local), ONE_BLOCK, WHOLE) == TINY_LAYOUT.block_bytes
         np.testing.assert_array_equal(remote.rows()[3], local.rows()[0])
 
 
@@ -63,7 +63,7 @@ def test_the_deadline_holds_after_the_fence_is_forgotten() -> None:
         clock.advance(5)
         intake.forget(LEASE_ID)
         with pytest.raises(KvLeaseLostError, match="ended before"):
-            writer.write(late, a_source(local), ONE_BLOCK)
+            writer.write(late, a_source(local), ONE_BLOCK, WHOLE)
         assert not remote.rows().any()
 
 
@@ -82,7 +82,7 @@ def test_the_deadline_is_looked_at_before_every_slice() -> None:
         clock = TickingClock()
         late = WritePermit(LEASE_ID, 1, clock, clock() + 4)
         with pytest.raises(KvLeaseLostError):
-            writer.write(late, a_source(local), ONE_BLOCK)
+            writer.write(late, a_source(local), ONE_BLOCK, WHOLE)
         arrived = remote.rows()[3] == local.rows()[0]
         assert arrived[: 6 * row_bytes].all()
         assert not remote.rows()[3][6 * row_bytes :].any()
@@ -93,7 +93,7 @@ def test_a_stopped_permit_ends_the_write() -> None:
         given_up = permit(FakeClock())
         given_up.stopped.set()
         with pytest.raises(WriteStoppedError):
-            writer.write(given_up, a_source(local), ONE_BLOCK)
+            writer.write(given_up, a_source(local), ONE_BLOCK, WHOLE)
         assert not remote.rows().any()
 
 
@@ -107,7 +107,9 @@ def test_the_fence_waits_for_a_slice_that_is_under_way() -> None:
                 assert go_on.wait(10)
 
         stuck = StuckPermit(LEASE_ID, 1, FakeClock(), 0)
-        thread = threading.Thread(target=writer.write, args=(stuck, a_source(local), ONE_BLOCK))
+        thread = threading.Thread(
+            target=writer.write, args=(stuck, a_source(local), ONE_BLOCK, WHOLE)
+        )
         thread.start()
         assert entered.wait(10)
         assert not intake.fence(LEASE_ID, is_forced=False)

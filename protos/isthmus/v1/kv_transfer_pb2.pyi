@@ -35,20 +35,30 @@ class HandshakeRequest(_message.Message):
     def __init__(self, sender_id: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., model_digest: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class HandshakeResponse(_message.Message):
-    __slots__ = ("receiver_id", "epoch", "layout", "num_blocks", "shm", "tcp")
+    __slots__ = ("receiver_id", "epoch", "layout", "num_blocks", "ranks")
     RECEIVER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
-    SHM_FIELD_NUMBER: _ClassVar[int]
-    TCP_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     receiver_id: str
     epoch: int
     layout: KvLayout
     num_blocks: int
+    ranks: _containers.RepeatedCompositeFieldContainer[KvRank]
+    def __init__(self, receiver_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[KvRank, _Mapping]]] = ...) -> None: ...
+
+class KvRank(_message.Message):
+    __slots__ = ("layers", "kv_heads", "shm", "tcp")
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    KV_HEADS_FIELD_NUMBER: _ClassVar[int]
+    SHM_FIELD_NUMBER: _ClassVar[int]
+    TCP_FIELD_NUMBER: _ClassVar[int]
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    kv_heads: _containers.RepeatedScalarFieldContainer[int]
     shm: ShmOffer
     tcp: TcpOffer
-    def __init__(self, receiver_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., tcp: _Optional[_Union[TcpOffer, _Mapping]] = ...) -> None: ...
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., kv_heads: _Optional[_Iterable[int]] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., tcp: _Optional[_Union[TcpOffer, _Mapping]] = ...) -> None: ...
 
 class ShmOffer(_message.Message):
     __slots__ = ("path", "num_bytes", "nonce")
