@@ -407,7 +407,19 @@ def test_a_ragged_batch_equals_each_sequence_alone(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
     "name",
-    ["llama", "llama-dynamic-past-its-context", "llama-longrope-long", "qwen3", "mistral-window"],
+    [
+        "llama",
+        "llama-dynamic-past-its-context",
+        "llama-longrope-long",
+        "qwen3",
+        "mistral-window",
+        "gemma2",
+        "gemma3",
+        "phi3-longrope-part-rotated",
+        "mixtral",
+        "deepseek-v3",
+        "gpt-oss",
+    ],
 )
 def test_logits_on_cuda_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     case, cuda = CASES[name], torch.device("cuda", 0)
