@@ -33,6 +33,9 @@ PORTABLE_UNITS = [
     ("pool", []),
     ("library", []),
     ("collectives", []),
+    ("mailbox", []),
+    ("rank_sum", []),
+    ("rank_wait", []),
     ("level", ["-DLEVEL=portable"]),
 ]
 X86_UNITS = [

@@ -30,7 +30,7 @@ _CALLS: dict[str, list[type]] = {
 
 
 class Answer(IntEnum):
-    """What a call comes back with; as in collectives.c."""
+    """What a call comes back with; as in collectives.h."""
 
     DONE = 0
     AGAIN = 1
@@ -39,7 +39,7 @@ class Answer(IntEnum):
 
 
 class NativeGroupLibrary:
-    """The functions of collectives.c.
+    """The functions of collectives.c, mailbox.c and rank_wait.c.
 
     Raises:
         OSError: the library is missing, or was built before it had them.

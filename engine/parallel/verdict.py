@@ -13,7 +13,7 @@ from engine.errors import (
 
 
 class VerdictKind(IntEnum):
-    """Numbers as in collectives.c."""
+    """Numbers as in rank_wait.c."""
 
     DEAD = 1
     TIMED_OUT = 2
