@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -122,7 +123,7 @@ def test_in_a_pipeline_the_stage_that_all_wait_for_is_to_blame() -> None:
             assert found["operation"] == "pp receive"
 
 
-def abort_while_others_wait(group: RankGroup) -> dict[str, Any]:
+def abort_while_others_wait(group: RankGroup, is_told: Event) -> dict[str, Any]:
     group.axes.world.barrier()
     start_s = time.monotonic()
     if group.rank == 2:
@@ -130,19 +131,25 @@ def abort_while_others_wait(group: RankGroup) -> dict[str, Any]:
     try:
         group.axes.tp.all_reduce(torch.ones(4))
     except RankGroupError as error:
-        return told(error, start_s)
+        found = told(error, start_s)
+        if group.rank == 2:
+            is_told.wait(60)  # its death must not be what wakes the others
+        return found
     return {}
 
 
 @pytest.mark.parametrize("config", TRANSPORTS)
 def test_an_abort_wakes_every_rank_of_every_axis(config: CollectivesConfig) -> None:
-    with RankProcesses("tp=2,dp=2", abort_while_others_wait, config=config) as ranks:
-        found = ranks.results()
+    is_told = multiprocessing.get_context("forkserver").Event()
+    with RankProcesses("tp=2,dp=2", abort_while_others_wait, is_told, config=config) as ranks:
+        found = ranks.results([0, 1, 3])
+        is_told.set()
+        found += ranks.results([2])
     text = "tp all_reduce: rank 2 called the group off: no checkpoint here"
     # Ranks 0 and 1 may be through with their call before they hear of it.
-    assert {found[rank].get("text", text) for rank in range(4)} == {text}
-    assert [found[rank]["rank"] for rank in (2, 3)] == [2, 2]
-    assert max(found[rank]["seconds"] for rank in (2, 3)) < 0.9 * config.collective_timeout_s
+    assert {each.get("text", text) for each in found} == {text}
+    assert [each["rank"] for each in found[2:]] == [2, 2]
+    assert max(each["seconds"] for each in found[2:]) < 0.9 * config.collective_timeout_s
 
 
 def leave_early(group: RankGroup) -> dict[str, Any]:
@@ -162,6 +169,53 @@ def test_a_rank_that_left_is_not_waited_for(config: CollectivesConfig) -> None:
     found = run_ranks(3, leave_early, config=config)
     for rank in (1, 2):
         assert (found[rank]["error"], found[rank]["rank"]) == ("RankDeadError", 0)
+
+
+def close_and_live_on(group: RankGroup, is_told: Event) -> dict[str, Any]:
+    group.axes.tp.barrier()
+    if group.rank == 0:
+        group.close()
+        is_told.wait(60)
+        return {}
+    start_s = time.monotonic()
+    try:
+        group.axes.tp.all_reduce(torch.ones(4))
+    except RankGroupError as error:
+        return told(error, start_s)
+    return {}
+
+
+def test_a_rank_that_closed_its_group_is_not_waited_for() -> None:
+    is_told = multiprocessing.get_context("forkserver").Event()
+    with RankProcesses(3, close_and_live_on, is_told, config=SHM) as ranks:
+        for found in ranks.results([1, 2]):
+            assert found["text"] == "tp all_reduce: rank 0 has left the group"
+            assert found["seconds"] < SHM.collective_timeout_s
+        is_told.set()
+
+
+def stop_while_waiting(group: RankGroup, is_told: Event) -> dict[str, Any]:
+    axis, x, start_s = group.axes.pp, torch.zeros(4), time.monotonic()
+    try:
+        if axis.rank == 0:
+            axis.receive(x, 1)
+        elif axis.rank == 1:
+            stop = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGSTOP))
+            stop.start()
+            axis.receive(x, 2)
+        else:
+            is_told.wait(60)
+    except RankGroupError as error:
+        return told(error, start_s)
+    return {}
+
+
+def test_a_rank_stopped_while_it_waited_is_to_blame_and_not_who_it_waited_for() -> None:
+    is_told = multiprocessing.get_context("forkserver").Event()
+    with RankProcesses("pp=3", stop_while_waiting, is_told, config=SHM) as ranks:
+        found = ranks.results([0])[0]
+        assert (found["error"], found["rank"]) == ("CollectiveTimeoutError", 1)
+        is_told.set()
 
 
 def call_something_else(group: RankGroup, what: str) -> dict[str, Any]:
