@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.parallel import Axis, ParallelAxes, ParallelLayout, RankEnvironment, join_group
@@ -62,6 +62,7 @@ layouts = st.builds(
 )
 
 
+@settings(deadline=None)  # other tests share the cores
 @given(layouts)
 def test_every_rank_stands_in_one_group_of_each_axis(layout: ParallelLayout) -> None:
     for axis in Axis:
@@ -72,6 +73,7 @@ def test_every_rank_stands_in_one_group_of_each_axis(layout: ParallelLayout) -> 
             assert [layout.index(axis, rank) for rank in group] == list(range(len(group)))
 
 
+@settings(deadline=None)  # other tests share the cores
 @given(layouts)
 def test_the_axes_tell_ranks_apart(layout: ParallelLayout) -> None:
     for axes in ((Axis.TP, Axis.PP, Axis.SP, Axis.DP), (Axis.EP, Axis.EXPERT_TP, Axis.PP)):
@@ -83,6 +85,7 @@ def test_the_axes_tell_ranks_apart(layout: ParallelLayout) -> None:
         assert len(places) == layout.num_ranks
 
 
+@settings(deadline=None)  # other tests share the cores
 @given(layouts)
 def test_an_expert_is_split_inside_one_tensor_group(layout: ParallelLayout) -> None:
     for group in layout.groups(Axis.EXPERT_TP):
