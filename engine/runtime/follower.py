@@ -5,7 +5,7 @@ import logging
 import signal
 import threading
 
-from engine.errors import EngineDeadError
+from engine.errors import EngineDeadError, RankGroupError
 from engine.kv_cache.pool import KvPool
 from engine.runtime.allocator import keep_freed_memory
 from engine.runtime.core_share import CoreShare
@@ -63,7 +63,8 @@ class Follower:
                 raise EngineDeadError(f"rank 0 sent {type(message).__name__} in place of a plan")
         except BaseException as error:
             self._leader.tell_failure(error)
-            self._local.group.abort(f"{type(error).__name__}: {error}")
+            if not isinstance(error, RankGroupError):  # else the group is over already
+                self._local.group.abort(f"{type(error).__name__}: {error}")
             raise
 
     def close(self) -> None:

@@ -25,6 +25,9 @@ from engine.runtime.rank_socket import RankSocket, by_descriptor
 
 logger = logging.getLogger(__name__)
 
+_LAST_WORDS_S = 0.2
+"""How long a rank's own words may come after what its end did to a step."""
+
 OnFailure = Callable[[RankGroupError], None]
 
 
@@ -89,7 +92,13 @@ class Followers:
             try:
                 each.send_frame(frame)
             except RankDeadError as error:
-                raise self._known_failure() or error from None
+                raise self.explained(error) from None
+
+    def explained(self, error: RankGroupError) -> RankGroupError:
+        """What a rank said before it ended, where it did; else `error`, which came of its end."""
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(timeout=_LAST_WORDS_S)
+        return self._watch.failure or error
 
     def start_watching(self, on_failure: OnFailure) -> None:
         """From now on hear of a rank's end at once, on a thread of its own, at most one time."""
@@ -135,12 +144,6 @@ class Followers:
                 if isinstance(message, Facts):
                     found[each.peer] = message
         return found
-
-    def _known_failure(self) -> RankGroupError | None:
-        """What a rank said before it closed its socket, given a moment to be read."""
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(timeout=0.2)
-        return self._watch.failure
 
     # The watching thread.
 
@@ -201,4 +204,7 @@ def check_agreement(facts: Facts, others: Mapping[int, Facts]) -> None:
 
 
 def _failure(rank: int, message: Failed) -> RankGroupError:
+    if message.blamed_rank is not None:
+        text = f"rank {rank} says: {message.text}"
+        return RankGroupError(text, rank=message.blamed_rank)
     return RankGroupError(f"rank {rank} failed: {message.error}: {message.text}", rank=rank)

@@ -58,7 +58,10 @@ class GroupRunner:
             plan.num_tokens, self._num_stages, overhead_tokens=self._overhead_tokens
         )
         self._followers.send(Step(plan, num))
-        return self._local.run(plan, num, num_threads)
+        try:
+            return self._local.run(plan, num, num_threads)
+        except RankGroupError as error:
+            raise self._followers.explained(error) from error
 
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         def fail(failure: RankGroupError) -> None:

@@ -6,6 +6,7 @@ message's name. Rank 0 is the leader: it sends `Step`s, all others follow.
 
 import msgspec
 
+from engine.errors import RankGroupError
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.step_plan import StepPlan
 
@@ -67,6 +68,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     error: str
     """Class name of the error."""
     text: str
+    blamed_rank: int | None
+    """Another rank, whose trouble this one only noticed."""
 
 
 class RankTimes(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):
@@ -121,7 +124,9 @@ def decode_from_leader(data: bytes | bytearray) -> LeaderMessage:
 
 def failure_of(error: BaseException) -> Failed:
     """What a follower says before it ends."""
-    return Failed(type(error).__name__, " ".join(str(error).split())[:_MAX_TEXT_CHARS])
+    text = " ".join(str(error).split())[:_MAX_TEXT_CHARS]
+    blamed_rank = error.rank if isinstance(error, RankGroupError) else None
+    return Failed(type(error).__name__, text, blamed_rank)
 
 
 def max_step_bytes(
