@@ -15,6 +15,7 @@ from engine.kernels import choose_kernels
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.pool import KvPool
 from engine.kv_cache.pool_plan import plan_kv_pool
+from engine.kv_cache.share import KvShare
 from engine.models.build import load_model, resolve_dtype
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import ParallelAxes
@@ -23,6 +24,7 @@ from engine.parallel.traffic import Traffic
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine import Engine
 from engine.runtime.follower import Follower
+from engine.runtime.followers import fewest_blocks
 from engine.runtime.group_runner import GroupRunner
 from engine.runtime.membership import Membership
 from engine.runtime.model_executor import ModelExecutor
@@ -37,6 +39,18 @@ logger = logging.getLogger(__name__)
 
 class ModelEngine(Engine[ModelExecutor]):
     """An engine on a model, with what workers need to know of it."""
+
+    kv_shares: tuple[KvShare, ...] = ()
+    """What each rank's pool holds, in rank order; set by `build_engine`."""
+
+    @property
+    def full_kv_layout(self) -> KvLayout:
+        """The pool that one rank would have that held everything."""
+        return replace(
+            self.kv_pool.layout,
+            num_layers=len({layer for share in self.kv_shares for layer in share.layers}),
+            num_kv_heads=len({head for share in self.kv_shares for head in share.kv_heads}),
+        )
 
     @property
     def runner(self) -> StepRunner:
@@ -79,6 +93,10 @@ class _LoadedRank:
     device: torch.device
     max_context_tokens: int
     num_blocks: int
+
+    @property
+    def kv_share(self) -> KvShare:
+        return KvShare(tuple(self.model.stage_layers), tuple(self.model.kv_heads))
 
     def limits(self, num_blocks: int) -> EngineLimits:
         return EngineLimits(
@@ -130,6 +148,7 @@ def build_engine(
         loaded = _load_rank(model_path, config, cores, None)
         limits = loaded.limits(loaded.num_blocks)
         runner = loaded.runner(limits.num_blocks)
+        kv_shares = [loaded.kv_share]
     else:
         followers = membership.followers
         assert followers is not None, "only rank 0 has an engine"
@@ -139,7 +158,9 @@ def build_engine(
         except Exception as error:
             followers.refuse(f"rank 0 failed: {error}")
             raise
-        num_blocks = followers.agree(facts, timeout_s=membership.config.join_timeout_s)
+        facts_of = followers.agree(facts, timeout_s=membership.config.join_timeout_s)
+        num_blocks = fewest_blocks(facts_of)
+        kv_shares = [facts_of[rank].kv_share for rank in sorted(facts_of)]
         limits = loaded.limits(num_blocks)
         runner = GroupRunner(
             loaded.rank_runner(num_blocks, membership.group),
@@ -159,7 +180,7 @@ def build_engine(
         eos_token_ids=loaded.model.config.eos_token_ids,
         max_num_tokens=config.max_num_batched_tokens,
     )
-    return ModelEngine(
+    engine = ModelEngine(
         scheduler,
         executor,
         cores,
@@ -168,6 +189,8 @@ def build_engine(
             config.shared_step_tokens_per_thread if loaded.device.type == "cpu" else None
         ),
     )
+    engine.kv_shares = tuple(kv_shares)
+    return engine
 
 
 def build_follower(
@@ -249,6 +272,7 @@ def _facts(model_path: Path, config: EngineConfig, loaded: _LoadedRank, group: R
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_sequences=config.max_num_sequences,
         num_blocks=loaded.num_blocks,
+        kv_share=loaded.kv_share,
     )
 
 

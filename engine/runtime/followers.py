@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from engine.errors import CollectiveTimeoutError, LayoutMismatchError, RankDeadError, RankGroupError
 from engine.runtime.rank_message import (
@@ -17,6 +18,7 @@ from engine.runtime.rank_message import (
     LeaderMessage,
     RankTimes,
     Refused,
+    Serving,
     Stop,
     decode_from_follower,
     encode,
@@ -25,6 +27,9 @@ from engine.runtime.rank_socket import RankSocket, by_descriptor
 
 logger = logging.getLogger(__name__)
 
+Message = TypeVar("Message", Facts, Serving)
+
+_OWN_FACTS = {"num_blocks", "kv_share"}
 _LAST_WORDS_S = 0.2
 """How long a rank's own words may come after what its end did to a step."""
 
@@ -56,22 +61,35 @@ class Followers:
         """What each rank said last; any thread may ask."""
         return [self._times[rank] for rank in sorted(self._times)]
 
-    def agree(self, facts: Facts, *, timeout_s: float) -> int:
-        """Wait until every rank has loaded, compare; returns the blocks of every rank's pool.
+    def agree(self, facts: Facts, *, timeout_s: float) -> dict[int, Facts]:
+        """Wait until every rank has loaded, compare; returns what each rank has, by rank.
+
+        Every rank's pool gets `fewest_blocks` of them.
 
         Raises:
             LayoutMismatchError: a rank has loaded something else; the text shows both sides.
             RankGroupError: a rank failed, died, or was not done within `timeout_s`.
         """
         try:
-            others = self._gather(timeout_s)
+            others = self._gather(Facts, "load the model", timeout_s)
             check_agreement(facts, others)
         except Exception as error:
             self.refuse(str(error))
             raise
-        num_blocks = min([facts.num_blocks, *(each.num_blocks for each in others.values())])
-        self.send(Agreed(num_blocks))
-        return num_blocks
+        found = {0: facts, **others}
+        self.send(Agreed(fewest_blocks(found)))
+        return found
+
+    def addresses(self, *, timeout_s: float) -> list[str]:
+        """Where the other ranks' pools can be reached, in rank order; waits until all serve.
+
+        Call it after `agree` and before `start_watching`.
+
+        Raises:
+            RankGroupError: a rank failed, died, or does not serve within `timeout_s`.
+        """
+        found = self._gather(Serving, "serve its pool", timeout_s)
+        return [found[rank].address for rank in sorted(found)]
 
     def refuse(self, reason: str) -> None:
         """Tell all ranks that the start has failed, as far as they are there."""
@@ -124,8 +142,9 @@ class Followers:
         os.close(self._wake_read)
         os.close(self._wake_write)
 
-    def _gather(self, timeout_s: float) -> dict[int, Facts]:
-        found: dict[int, Facts] = {}
+    def _gather(self, kind: type[Message], what: str, timeout_s: float) -> dict[int, Message]:
+        """The next message of every rank, which must be of this kind."""
+        found: dict[int, Message] = {}
         end_s = time.monotonic() + timeout_s
         poll = select.poll()
         sockets = by_descriptor(self._sockets)
@@ -134,15 +153,16 @@ class Followers:
         while missing := sorted(set(self._sockets) - set(found)):
             ready = poll.poll(max(0.0, end_s - time.monotonic()) * 1000)
             if not ready:
-                text = f"ranks {missing} did not load the model within {timeout_s:g} s"
+                text = f"ranks {missing} did not {what} within {timeout_s:g} s"
                 raise CollectiveTimeoutError(text, rank=missing[0], operation="start")
             for descriptor, _ in ready:
                 each = sockets[descriptor]
                 message = decode_from_follower(each.receive())
                 if isinstance(message, Failed):
                     raise _failure(each.peer, message)
-                if isinstance(message, Facts):
+                if isinstance(message, kind):
                     found[each.peer] = message
+                    poll.unregister(descriptor)
         return found
 
     # The watching thread.
@@ -184,13 +204,18 @@ class Followers:
             self._watch.on_failure(failure)
 
 
+def fewest_blocks(facts: Mapping[int, Facts]) -> int:
+    """For which every rank has memory."""
+    return min(each.num_blocks for each in facts.values())
+
+
 def check_agreement(facts: Facts, others: Mapping[int, Facts]) -> None:
     """Compare what rank 0 has loaded with what the others have.
 
     Raises:
         LayoutMismatchError: the text shows both sides of each difference.
     """
-    compared = [name for name in Facts.__struct_fields__ if name != "num_blocks"]
+    compared = [name for name in Facts.__struct_fields__ if name not in _OWN_FACTS]
     for rank, theirs in sorted(others.items()):
         differences = [
             f"{name} is {getattr(facts, name)} on rank 0 and {getattr(theirs, name)} on rank {rank}"

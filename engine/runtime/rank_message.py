@@ -7,6 +7,7 @@ message's name. Rank 0 is the leader: it sends `Step`s, all others follow.
 import msgspec
 
 from engine.errors import RankGroupError
+from engine.kv_cache.share import KvShare
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.step_plan import StepPlan
 
@@ -25,7 +26,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Facts(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):
-    """What a rank has loaded; but for `num_blocks` all ranks must say the same."""
+    """What a rank has loaded; but for `num_blocks` and `kv_share` all ranks must say the same."""
 
     layout: str
     model_digest: str
@@ -36,6 +37,7 @@ class Facts(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True
     max_num_sequences: int
     num_blocks: int
     """For which this rank has memory."""
+    kv_share: KvShare
 
 
 class Agreed(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -49,6 +51,13 @@ class Refused(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The leader's answer where the facts differ, or another rank failed."""
 
     reason: str
+
+
+class Serving(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """A follower's pool can be reached."""
+
+    address: str
+    """host:port of its gRPC server."""
 
 
 class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -86,7 +95,7 @@ class RankTimes(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=
     communication_bytes: int = 0
 
 
-FollowerMessage = Hello | Facts | Failed | RankTimes
+FollowerMessage = Hello | Facts | Serving | Failed | RankTimes
 LeaderMessage = Agreed | Refused | Step | Stop
 
 _encoder = msgspec.msgpack.Encoder()
