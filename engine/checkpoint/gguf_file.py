@@ -6,6 +6,7 @@ the vocabulary, which costs seconds; the quantisation formats are the `gguf` pac
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ _PLAIN_DTYPES: dict[gguf.GGMLQuantizationType, np.dtype[Any]] = {
     gguf.GGMLQuantizationType.F64: np.dtype("<f8"),
 }
 _MAX_DIMS = 4
+_PIECE_VALUES = 1 << 16
+"""Values dequantised at a time: the package makes several copies."""
 _MAX_ARRAY_DEPTH = 4
 
 
@@ -71,18 +74,32 @@ class GgufFile:
         header = _HeaderReader(path, self._bytes)
         self.metadata, self.tensors = header.read()
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.float32]:
-        """Dequantise rows [start, stop) of a tensor, or of all of it.
+    def read(
+        self, name: str, rows: range | None = None, columns: range | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Dequantise a tensor, seen as rows of its last dim; returns [rows, columns].
+
+        Only blocks that hold something of the part asked for are dequantised, piece by piece.
 
         Raises:
             CheckpointError: the `gguf` package has no way back from this quantisation.
         """
         tensor = self.tensors[name]
+        width = tensor.shape[-1]
+        rows = range(math.prod(tensor.shape[:-1])) if rows is None else rows
+        columns = range(width) if columns is None else columns
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor.quantization]
+        first_block, stop_block = columns.start // block_size, -(-columns.stop // block_size)
         raw = np.frombuffer(self._bytes, np.uint8, tensor.num_bytes, tensor.offset)
-        if len(tensor.shape) == 1:
-            return self._dequantized(tensor, raw).reshape(tensor.shape)[start:stop]
-        rows = raw.reshape(tensor.shape[0], -1)[start:stop]
-        return self._dequantized(tensor, rows).reshape(-1, *tensor.shape[1:])
+        raw = raw.reshape(-1, width // block_size * block_bytes)
+        raw = raw[rows.start : rows.stop, first_block * block_bytes : stop_block * block_bytes]
+        before = columns.start - first_block * block_size
+        values = np.empty((len(rows), len(columns)), np.float32)
+        step = max(1, _PIECE_VALUES // width)
+        for row in range(0, len(rows), step):
+            piece = self._dequantized(tensor, np.ascontiguousarray(raw[row : row + step]))
+            values[row : row + step] = piece[:, before : before + len(columns)]
+        return values
 
     def _dequantized(
         self, tensor: GgufTensor, raw: npt.NDArray[np.uint8]

@@ -124,21 +124,22 @@ class GgufSource:
     def read(
         self, name: str, dim: int = 0, start: int = 0, length: int | None = None
     ) -> torch.Tensor:
-        stop = None if length is None else start + length
         place = self._place_of[name]
-        if place.expert is not None:
-            whole = self._file.read(place.tensor, place.expert, place.expert + 1)[0]
-            return torch.from_numpy(whole).narrow(dim, start, (stop or whole.shape[dim]) - start)
-        if _is_flat_gate(name, self._file.tensors[place.tensor].shape):
-            return torch.from_numpy(self._file.read(place.tensor)).unsqueeze(0)
-        if dim != 0:
-            return torch.from_numpy(self._file.read(place.tensor))[:, start:stop]
-        rows = torch.from_numpy(self._file.read(place.tensor, start, stop))
+        shape = self.shape(name)
+        box = [range(size) for size in shape]
+        box[dim] = range(start, shape[dim] if length is None else start + length)
+        if len(shape) == 1:
+            values = torch.from_numpy(self._file.read(place.tensor, columns=box[0])).squeeze(0)
+        else:
+            rows, columns = box
+            first = (place.expert or 0) * shape[0]
+            rows = range(first + rows.start, first + rows.stop)
+            values = torch.from_numpy(self._file.read(place.tensor, rows, columns))
         if self._is_interleaved and (".q_proj." in name or ".k_proj." in name):
-            return self._half_split(rows)
+            return self._half_split(values)
         if self._has_offset_norms and "norm" in name:
-            return rows - 1
-        return rows
+            return values - 1
+        return values
 
     def _half_split(self, rows: torch.Tensor) -> torch.Tensor:
         """Undo llama.cpp's order of rows: pairs (2i, 2i + 1) of a head become (i, i + A / 2).
