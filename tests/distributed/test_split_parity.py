@@ -3,6 +3,7 @@
 A new family is a row of CASES.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.checkpoint import default_cache_dir
+from engine.checkpoint.demo import DEMO_FILE_NAME
 from engine.kernels import choose_kernels
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.pool import KvPool
@@ -254,3 +257,33 @@ def assert_logits_near(found: list[dict[str, Any]], expected: torch.Tensor) -> N
     assert all(torch.equal(other, logits[0]) for other in logits), "ranks differ"
     error = (logits[0] - expected).abs().amax(-1) / expected.abs().amax(-1)
     assert error.max() < RELATIVE_TOLERANCE, f"row {error.argmax()}: {error.max():.2e}"
+
+
+DEMO_PATH = default_cache_dir(os.environ) / DEMO_FILE_NAME
+
+
+@pytest.fixture(scope="module")
+def demo_alone() -> dict[str, Any]:
+    """What one rank computes of the demo model: 9 query heads, 3 KV heads, 30 layers."""
+    (alone,) = run_ranks(1, compute, str(DEMO_PATH))
+    found: dict[str, Any] = alone
+    return found
+
+
+@pytest.mark.skipif(not DEMO_PATH.is_file(), reason="the demo model is not in the cache")
+@pytest.mark.parametrize("layout", ["tp=2", "tp=3", "tp=4", "tp=7", "tp=9", "pp=2", "tp=2,pp=2"])
+def test_demo_model_split_equals_one_rank(layout: str, demo_alone: dict[str, Any]) -> None:
+    found = run_ranks(layout, compute, str(DEMO_PATH))
+    assert all(rank["answer"] == demo_alone["answer"] for rank in found)
+    assert_logits_near(found, demo_alone["logits"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["pp=2", "pp=3"])
+def test_stages_change_no_bit(layout: str, dtype: str, checkpoints: dict[str, Any]) -> None:
+    """The residual that travels is the one that the next norm would have added up."""
+    path, _, _ = checkpoint_of("llama", checkpoints)
+    (alone,) = run_ranks(1, compute, str(path), dtype)
+    found = run_ranks(layout, compute, str(path), dtype)
+    assert torch.equal(found[-1]["logits"], alone["logits"])
+    assert found[-1]["answer"] == alone["answer"]
