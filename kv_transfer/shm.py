@@ -1,8 +1,8 @@
 """Data plane on one host: the sender maps the receiver's pool and copies blocks into it.
 
-What keeps a late writer out: each slice is copied under the lock of its lease's byte (see
-`range_lock`), and under the lock the writer looks at its deadline. To fence a lease the receiver
-takes that lock and keeps it until the deadline has surely passed. A writer that was stopped in
+What keeps a late writer out: each slice is copied under a lock of its lease (see `range_lock`),
+and under the lock the writer looks at its deadline. To fence a lease the receiver takes its locks
+alone and keeps them until the deadline has surely passed. A writer that was stopped in
 the middle of a slice still holds the lock, so its blocks stay in quarantine until it goes on or
 dies; no assumption about time is needed.
 """
@@ -75,8 +75,8 @@ class ShmWriter:
         assert blocks is not None, "write after close"
         num_bytes = 0
         for batch in copy_batches(source, blocks, parts, transfers, max_bytes=self._slice_bytes):
-            with range_lock.locked(self._fd, permit.lease_id) as is_mine:
-                if not is_mine:
+            with range_lock.writing(self._fd, permit.lease_id) as is_open:
+                if not is_open:
                     raise KvLeaseLostError(f"the receiver took lease {permit.lease_id} back")
                 permit.check()
                 for target, piece in batch:
@@ -120,10 +120,10 @@ class ShmIntake:
         """Nothing to do: the writer's deadline and its lock are the gate."""
 
     def fence(self, lease_id: int, *, is_forced: bool) -> bool:
-        return range_lock.try_lock(self._fd, lease_id)
+        return range_lock.fence(self._fd, lease_id)
 
     def forget(self, lease_id: int) -> None:
-        range_lock.unlock(self._fd, lease_id)
+        range_lock.unfence(self._fd, lease_id)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -1,5 +1,6 @@
 """The shared-memory data plane: what is mapped, and what keeps a late writer out."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -124,9 +125,10 @@ HOLD_LOCK = """
 import os, sys
 from kv_transfer import range_lock
 fd = os.open(sys.argv[1], os.O_RDWR)
-assert range_lock.try_lock(fd, int(sys.argv[2]))
-print("locked", flush=True)
-sys.stdin.read()
+with range_lock.writing(fd, int(sys.argv[2])) as is_open:
+    assert is_open
+    print("locked", flush=True)
+    sys.stdin.read()
 """
 
 
@@ -144,16 +146,42 @@ def test_the_death_of_a_writer_in_the_middle_of_a_slice_raises_its_fence() -> No
         assert intake.fence(LEASE_ID, is_forced=False)
 
 
-def test_locks_of_two_opens_exclude_each_other_also_in_one_process() -> None:
+def test_writers_share_a_lease_and_the_fence_waits_for_the_last_of_them() -> None:
+    with HostMemory() as memory, contextlib.ExitStack() as turns:
+        fds = [os.open(f"/proc/self/fd/{memory.shared_fd}", os.O_RDWR) for _ in range(3)]
+        owner, first, second = fds
+        assert turns.enter_context(range_lock.writing(first, LEASE_ID))
+        other = contextlib.ExitStack()
+        assert other.enter_context(range_lock.writing(second, LEASE_ID))
+        assert not range_lock.fence(owner, LEASE_ID)
+        other.close()
+        with range_lock.writing(second, LEASE_ID) as is_open:
+            assert not is_open  # the gate is shut: no new turn, though the first one goes on
+        assert not range_lock.fence(owner, LEASE_ID)
+        turns.close()
+        assert range_lock.fence(owner, LEASE_ID)
+        assert range_lock.fence(owner, LEASE_ID)
+        with range_lock.writing(first, LEASE_ID) as is_open:
+            assert not is_open
+        range_lock.unfence(owner, LEASE_ID)
+        with range_lock.writing(first, LEASE_ID) as is_open:
+            assert is_open
+        for fd in fds:
+            os.close(fd)
+
+
+def test_leases_do_not_meet() -> None:
     with HostMemory() as memory:
-        paths = [f"/proc/self/fd/{memory.shared_fd}"] * 2
-        fds = [os.open(path, os.O_RDWR) for path in paths]
-        assert range_lock.try_lock(fds[0], 5)
-        assert range_lock.try_lock(fds[0], 5)
-        assert not range_lock.try_lock(fds[1], 5)
-        assert range_lock.try_lock(fds[1], 6)
-        os.close(fds[0])
-        assert range_lock.try_lock(fds[1], 5)
+        fds = [os.open(f"/proc/self/fd/{memory.shared_fd}", os.O_RDWR) for _ in range(2)]
+        assert range_lock.fence(fds[0], 5)
+        for lease_id in (4, 6):
+            with range_lock.writing(fds[1], lease_id) as is_open:
+                assert is_open
+        with range_lock.writing(fds[1], 5) as is_open:
+            assert not is_open
+        os.close(fds[0])  # ends its locks
+        with range_lock.writing(fds[1], 5) as is_open:
+            assert is_open
         os.close(fds[1])
 
 

@@ -1,0 +1,103 @@
+"""Two workers of several ranks, all in this process, whose pools hold a known sequence."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from kv_transfer.config import DataPlane
+from kv_transfer.group_layout import GroupLayout
+from kv_transfer.handover import TokenShard
+from kv_transfer.local_receiving_rank import LocalReceivingRank
+from kv_transfer.local_sending_rank import LocalSendingRank
+from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiving_group import ReceivingGroup
+from kv_transfer.receiving_rank import ReceivingRank
+from kv_transfer.sender import KvSender
+from kv_transfer.sending_group import SendingGroup
+from kv_transfer.sending_rank import SendingRank
+from mesh.channel import open_channel
+from tests.fakes.engine import FakeEngine
+from tests.fakes.kv_memory import HostMemory
+from tests.fakes.kv_pair import FAST, serving
+
+NUM_BLOCKS = 24
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(slots=True)
+class KvGroups:
+    sender: KvSender
+    receiver: KvReceiver
+    engine: FakeEngine
+    sender_layout: GroupLayout
+    local: Sequence[HostMemory]
+    remote: Sequence[HostMemory]
+    address: str
+
+    def hold(self, kv_TLJGX: Bytes, block_ids: Sequence[int], shards: Sequence[TokenShard]) -> None:
+        """Write a sequence into the sender's pools: each rank what it holds of its own tokens."""
+        for box, memory in zip(self.sender_layout.boxes, self.local, strict=True):
+            own = kv_TLJGX[:, box.layers][:, :, :, box.kv_heads]
+            for shard in shards:
+                if shard.token_shard == box.token_shard:
+                    for token in range(shard.first_token, shard.end_token):
+                        index, slot = divmod(token, memory.layout.block_size_tokens)
+                        memory.blocks()[block_ids[index], :, :, :, slot] = own[token]
+
+    def arrived(self, rank: int, block_ids: Sequence[int], num_tokens: int) -> Bytes:
+        """The sequence as a receiving rank has it."""
+        return self.remote[rank].tokens(block_ids, 0, num_tokens)
+
+
+@asynccontextmanager
+async def kv_groups(
+    sender_layout: GroupLayout,
+    receiver_layout: GroupLayout,
+    *,
+    plane: str = "shm",
+    sending: Callable[[int, SendingRank], SendingRank] = lambda rank, local: local,
+    receiving: Callable[[int, ReceivingRank], ReceivingRank] = lambda rank, local: local,
+) -> AsyncIterator[KvGroups]:
+    """Both workers, joined by real gRPC; `sending` and `receiving` may replace single ranks."""
+    config = replace(FAST, data_plane=DataPlane(plane))
+    engine = FakeEngine(num_blocks=NUM_BLOCKS, block_size_tokens=receiver_layout.block_size_tokens)
+    async with AsyncExitStack() as stack:
+        local, remote = (
+            [
+                stack.enter_context(
+                    HostMemory(NUM_BLOCKS, layout.rank_layout(rank)).fill_randomly(seed + rank)
+                )
+                for rank in range(layout.num_ranks)
+            ]
+            for seed, layout in ((0, sender_layout), (1000, receiver_layout))
+        )
+        sources = [
+            sending(rank, LocalSendingRank(memory, config)) for rank, memory in enumerate(local)
+        ]
+        targets = [
+            receiving(rank, LocalReceivingRank(memory, config))
+            for rank, memory in enumerate(remote)
+        ]
+        receiver = await stack.enter_async_context(
+            KvReceiver(
+                engine,
+                ReceivingGroup(receiver_layout, NUM_BLOCKS, targets),
+                receiver_id="decode-0",
+                model_digest="abc",
+                config=config,
+            )
+        )
+        address = await stack.enter_async_context(serving(receiver))
+        sender = await stack.enter_async_context(
+            KvSender(
+                SendingGroup(sender_layout, sources),
+                sender_id="prefill-0",
+                model_digest="abc",
+                open_channel=open_channel,
+                config=config,
+            )
+        )
+        yield KvGroups(sender, receiver, engine, sender_layout, local, remote, address)
