@@ -94,9 +94,12 @@ async def serve(
 
             def add_servicers(server: aio.Server) -> None:
                 decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
-                kv_transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(
-                    KvTransferServicer(receiver), server
-                )
+                if (
+                    membership is None
+                ):  # TODO(#3): blocks of the other ranks' pools are not lent yet
+                    kv_transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(
+                        KvTransferServicer(receiver), server
+                    )
 
             async with serving_worker(
                 worker,

@@ -56,6 +56,11 @@ async def serve(
         slot=worker.core_share_slot,
         max_threads=engine_config.num_threads,
     )
+    if engine_config.parallel.num_ranks > 1:  # TODO(#3): other ranks' pools are not sent yet
+        raise ValueError(
+            f"a prefill worker of {engine_config.parallel} cannot hand over the KV of all of its "
+            "ranks; give it tp=1"
+        )
     membership = await asyncio.to_thread(
         join_worker, model_path, engine_config, settings["collectives"], environment
     )

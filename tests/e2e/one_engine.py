@@ -44,7 +44,7 @@ class OneEngine:
 def one_engine(model: Path, dtype: str) -> Iterator[OneEngine]:
     """Load `model`; its prefix cache is off, so that every prompt is computed whole."""
     config = EngineConfig(
-        dtype=dtype, device="cpu", kv_pool_bytes=1 << 28, num_threads=2, has_prefix_cache=False
+        dtype=dtype, device="cpu", kv_pool_bytes=1 << 29, num_threads=2, has_prefix_cache=False
     )
     engine = build_engine(model, config)
     engine.prepare()
