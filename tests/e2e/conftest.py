@@ -14,6 +14,9 @@ def demo_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MeshProcess]
     """The demo model in bfloat16 on one prefill and one decode worker; leave it idle."""
     with mesh_process(tmp_path_factory.mktemp("demo-mesh"), "--dtype", "bfloat16") as running:
         yield running
+        crashed = [entry for entry in running.processes() if entry["num_restarts"]]
+        assert not crashed, "a crash that the launcher heals is one all the same"
+        assert len(running.processes()) == 4, "and one that it is healing"
 
 
 @pytest.fixture

@@ -166,8 +166,14 @@ async def test_a_client_that_leaves_the_queue_gives_its_place_up_and_the_other_i
         await until(lambda: blocks_in_use(mesh, "decode") > 0, lambda: held(mesh))
         alone = blocks_in_use(mesh, "decode")
         async with client_of(mesh, door, prompt_of(500, seed=30 + index)) as client:
-            await until(lambda: blocks_in_use(mesh, "decode") > alone, lambda: held(mesh))
-            assert mesh.metric("prefill", "isthmus_engine_waiting_sequences") == 1
+            # Its blocks are reserved at once; the prefill worker's gauges follow at a step's end.
+            await until(
+                lambda: (
+                    blocks_in_use(mesh, "decode") > alone
+                    and mesh.metric("prefill", "isthmus_engine_waiting_sequences") == 1
+                ),
+                lambda: held(mesh),
+            )
             steps_before = mesh.metric("prefill", STEPS)
             await client.leave()
             await until(
@@ -177,7 +183,6 @@ async def test_a_client_that_leaves_the_queue_gives_its_place_up_and_the_other_i
                 ),
                 lambda: held(mesh),
             )
-            # The counters are renewed at the end of a step.
             assert mesh.metric("prefill", STEPS) - steps_before <= 2
             assert first.num_chunks == 0, "the first was done before the second one left"
         await until(lambda: first.num_chunks == 1, lambda: held(mesh))
