@@ -11,6 +11,8 @@ PYTEST ?= $(BIN)/python -m pytest
 # Test processes at once, for the levels whose tests share nothing.
 JOBS ?= 2
 ONCE ?=
+# Options of `python -m benchmarks`, as in make bench BENCH_FLAGS="--quick --only gateway".
+BENCH_FLAGS ?=
 KERNEL_SOURCES := $(shell find engine/kernels -name '*.c' -o -name '*.h' 2>/dev/null)
 
 .PHONY: help install install-dev demo test test-long check format protos bench clean
@@ -21,7 +23,7 @@ help:
 	@echo "make test           install what the tests need, then all tests but the long ones"
 	@echo "make test-long      the long ones too"
 	@echo "make check          format, lint, types, import borders, stubs"
-	@echo "make bench          measure; writes bench-results/"
+	@echo "make bench          measure; writes bench-results/; BENCH_FLAGS=--quick is shorter"
 	@echo "make format         rewrite the sources in the house style"
 	@echo "make protos         regenerate the stubs"
 	@echo "make clean          remove the environment and everything built"
@@ -75,7 +77,7 @@ protos: install-dev
 		protos/isthmus/v1/*.proto
 
 bench: install
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache \

@@ -8,7 +8,7 @@ from benchmarks import serving
 
 def test_every_benchmark_is_run_with_a_file_of_its_own() -> None:
     found = command.commands(command.parsed(["--out", "here", "--quick"]), [])
-    assert list(found) == ["engine", "kv_transfer", "parallel", "serving"]
+    assert list(found) == ["engine", "kv_transfer", "parallel", "gateway", "serving"]
     assert found["engine"][1:] == [
         *("-m", "benchmarks.engine", "--json", str(Path("here", "engine.json")), "--quick")
     ]
