@@ -91,13 +91,15 @@ def up(
     from deploy import up as command
     from deploy.launcher.mesh_config import MeshConfig
 
+    prefill_layout = _layout("--prefill-parallel", prefill_parallel)
+    decode_layout = _layout("--decode-parallel", decode_parallel)
     path = command.located_model(model, os.environ)
     config = MeshConfig(
         model=str(path),
         num_prefill=prefill,
         num_decode=decode,
-        prefill_parallel=_layout("--prefill-parallel", prefill_parallel),
-        decode_parallel=_layout("--decode-parallel", decode_parallel),
+        prefill_parallel=prefill_layout,
+        decode_parallel=decode_layout,
         http_port=http_port,
         grpc_port=grpc_port,
         redis_url=redis_url,
@@ -105,6 +107,7 @@ def up(
         device=device,
         state_file=state_file,
     )
+    command.check_layouts(config)
     _finish(asyncio.run(command.up(config, verbose=verbose)))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deploy.launcher.interrupts import interruptible
 from deploy.launcher.mesh import Mesh, running_mesh
-from deploy.launcher.mesh_config import MeshConfig
+from deploy.launcher.mesh_config import WORKER_ROLES, MeshConfig
 from deploy.progress import byte_progress, console, show_launcher_log, start_progress
 
 
@@ -19,6 +19,23 @@ def located_model(model: str, environment: Mapping[str, str]) -> Path:
     with byte_progress() as report:
         cache_dir = default_cache_dir(environment)
         return locate_model(model, cache_dir=cache_dir, progress=report).resolve()
+
+
+def check_layouts(config: MeshConfig) -> None:
+    """Say before anything is started whether the model can be split as the flags ask.
+
+    Raises:
+        ValueError: it cannot; the text has the flag, the model's numbers and what works.
+    """
+    from engine.checkpoint.read import read_config
+    from engine.parallel.fit import check_layout_fits
+
+    model = read_config(Path(config.model))
+    for role in WORKER_ROLES:
+        try:
+            check_layout_fits(model, config.parallel(role))
+        except ValueError as error:
+            raise ValueError(f"--{role}-parallel: {error}") from None
 
 
 @asynccontextmanager

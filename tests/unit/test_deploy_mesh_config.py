@@ -15,6 +15,9 @@ from deploy.launcher.ready_file import (
 )
 from deploy.launcher.redis_server import find_redis_server
 from deploy.launcher.run_directory import local_state_files, remove_stale, run_directory
+from deploy.up import check_layouts
+from engine.parallel.layout import ParallelLayout
+from tests.checkpoints import tiny_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -115,3 +118,16 @@ def test_a_redis_server_is_found_and_can_be_run() -> None:
     binary = find_redis_server()
     assert binary is not None
     assert os.access(binary, os.X_OK)
+
+
+def test_a_layout_that_the_model_does_not_allow_is_refused_with_its_flag(tmp_path) -> None:
+    path = tiny_checkpoint(tmp_path, num_attention_heads=4, num_hidden_layers=3)
+    check_layouts(MeshConfig(model=str(path), decode_parallel=ParallelLayout(tp=4, pp=3)))
+    config = MeshConfig(model=str(path), decode_parallel=ParallelLayout(tp=5))
+    with pytest.raises(ValueError, match=r"--decode-parallel: .*4 query heads.*use tp=4"):
+        check_layouts(config)
+
+
+def test_more_ranks_than_a_host_can_share_its_cores_among_are_refused() -> None:
+    with pytest.raises(ValueError, match="are 66 processes; one host runs at most 64"):
+        MeshConfig(model="m", num_prefill=1, prefill_parallel=ParallelLayout(tp=65))
