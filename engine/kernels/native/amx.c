@@ -239,7 +239,7 @@ INLINE void linear_many(const linear_job *job, int64_t begin, int64_t end) {
         int64_t row = range * job->rows_per_range;
         int64_t last_row = min_i64(row + job->rows_per_range, job->num_rows);
         const char *panel = packed + index * panel_bytes, *end_panel = packed + half;
-        const char *next = panel + (item + 1 < end ? 1 : job->num_threads) * panel_bytes;
+        const char *next = panel + panel_bytes;
         if (job->is_gated) {
             pass_panel(STORE_SILU, job, panel, row, last_row, index * PANEL, panel + half,
                        panel + half + panel_bytes, sums);

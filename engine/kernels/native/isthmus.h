@@ -30,7 +30,6 @@ typedef struct {
     int64_t rows_per_range, num_panels;
     int out_f32;
     int is_gated; /* out = silu(features [0, num_out)) * features [num_out, 2 * num_out) */
-    int num_threads;
 } linear_job;
 
 typedef struct {

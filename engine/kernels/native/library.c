@@ -140,7 +140,6 @@ EXPORT void isthmus_linear(int dtype, const void *x, int64_t x_stride, const voi
         .num_panels = (num_out + PANEL - 1) / PANEL,
         .out_f32 = out_f32,
         .is_gated = is_gated,
-        .num_threads = num_threads,
     };
     if (dtype == DTYPE_BF16 && inner % INNER_STEP) { /* the packed weight has zeros there */
         job.inner = job.x_stride = round_up(inner, INNER_STEP);
@@ -153,10 +152,13 @@ EXPORT void isthmus_linear(int dtype, const void *x, int64_t x_stride, const voi
         job.x = padded;
     }
     /* A range of rows stays in the second-level cache while all panels pass. */
-    enum { RANGE_BYTES = 1 << 20 };
+    enum { RANGE_BYTES = 1 << 20, KEPT_ROWS = 128 };
     int64_t most_rows = RANGE_BYTES / (job.inner * (dtype == DTYPE_F32 ? 4 : 2)) / 32 * 32;
     if (most_rows < 64) most_rows = 64;
     int64_t num_ranges = (num_rows + most_rows - 1) / most_rows;
+    /* Where a panel is used often enough to be read by each thread, a thread keeps its rows. */
+    if (num_threads > 1 && num_rows >= KEPT_ROWS * num_threads)
+        num_ranges = round_up(num_ranges, num_threads);
     job.rows_per_range = round_up((num_rows + num_ranges - 1) / num_ranges, 32);
     isthmus_run(kernels->linear[dtype], &job, num_ranges * job.num_panels, num_threads, 1);
 }
@@ -220,7 +222,7 @@ EXPORT void isthmus_rope(int dtype, const void *qkv, int64_t qkv_stride, const f
 
 /* ---- attention */
 
-/* The plan of a call: prompts in blocks of queries, the longest contexts first; single queries
+/* The plan of a call: prompts in blocks of queries, in the order of their rows; single queries
  * whole, or cut along their context where there are too few of them for the threads. */
 typedef struct {
     attention_unit *units;
@@ -236,8 +238,8 @@ static int64_t first_chunk(int64_t window, int64_t position) {
 static void plan_prompt(attention_plan *plan, const attention_job *job, int64_t sequence,
                         int64_t num_queries, int64_t tokens_per_unit) {
     int64_t start = job->context_len[sequence] - num_queries;
-    for (int64_t end = num_queries; end > 0;) {
-        int64_t first = (end - 1) / tokens_per_unit * tokens_per_unit;
+    for (int64_t first = 0; first < num_queries; first += tokens_per_unit) {
+        int64_t end = first + tokens_per_unit < num_queries ? first + tokens_per_unit : num_queries;
         for (int64_t head = 0; head < job->num_kv_heads; ++head)
             plan->units[plan->num_units++] = (attention_unit){
                 .sequence = (int32_t)sequence,
@@ -248,7 +250,6 @@ static void plan_prompt(attention_plan *plan, const attention_job *job, int64_t 
                 .end_chunk = (int32_t)((start + end - 1) / KEY_CHUNK + 1),
                 .partial = -1,
             };
-        end = first;
     }
 }
 

@@ -2,8 +2,12 @@
  *
  * A helper spins for a short while after a job, because the next one follows within microseconds
  * during a forward pass, and then sleeps in the kernel, because the core belongs to another process
- * between passes. Items are taken from one atomic word, so a helper that the scheduler has put
- * aside costs at most the items it holds.
+ * between passes.
+ *
+ * Each thread has a share of a job's items, the same part of the whole in every job: what a thread
+ * wrote in one operation is mostly what it reads in the next, from its own cache. It takes from the
+ * others' shares once its own is used up, so a thread that the scheduler has put aside costs at
+ * most the items it holds.
  */
 #define _GNU_SOURCE
 #include "isthmus.h"
@@ -24,19 +28,23 @@ enum { MAX_HELPERS = 255, SPIN_NS = 50000, ITEM_BITS = 24 };
 #define ITEM_MASK ((UINT64_C(1) << ITEM_BITS) - 1)
 
 static struct {
-    /* generation << 48 | number of items << 24 | next item. A take is a compare-and-swap of the
-     * whole word, so it can only succeed for the job whose item count was read with it. */
-    _Alignas(64) _Atomic uint64_t word;
     _Alignas(64) _Atomic int64_t num_done;
     _Alignas(64) _Atomic uint32_t epoch;
     _Atomic int limit;   /* helpers with a number below this may take items */
-    _Atomic int divisor; /* a take is 1 / divisor of what is left; 0: single items */
+    _Atomic int num_shares;
+    _Atomic int divisor; /* a take is 1 / divisor of what a share has left; 0: single items */
     chunk_fn *fn;
     const void *job;
     uint64_t generation;
     int num_helpers;
     pthread_mutex_t lock;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+/* generation << 48 | end << 24 | next item, for the caller and each helper. A take is a
+ * compare-and-swap of the whole word, so it can only succeed for the job that it was read of. */
+static struct {
+    _Alignas(64) _Atomic uint64_t word;
+} shares[MAX_HELPERS + 1];
 
 /* One word a helper, 1 while it sleeps, so that only the helpers a job needs are woken. */
 static struct {
@@ -72,25 +80,34 @@ static void wake(_Atomic uint32_t *word) {
 #endif
 }
 
-/* Takes and runs items until none is left. */
-static void work(void) {
-    uint64_t word = atomic_load_explicit(&pool.word, memory_order_acquire);
+/* Takes and runs items of one share until none is left: its owner from the front, others from the
+ * back, so that the owner's items follow one another. */
+static void work_on(_Atomic uint64_t *share, int is_own) {
+    uint64_t word = atomic_load_explicit(share, memory_order_acquire);
     for (;;) {
-        int64_t next = (int64_t)(word & ITEM_MASK);
-        int64_t num_items = (int64_t)(word >> ITEM_BITS & ITEM_MASK);
-        if (next >= num_items) return;
+        int64_t next = (int64_t)(word & ITEM_MASK), end = (int64_t)(word >> ITEM_BITS & ITEM_MASK);
+        if (next >= end) return;
         /* A stale divisor only changes the size of the take. */
         int divisor = atomic_load_explicit(&pool.divisor, memory_order_relaxed);
-        int64_t take = divisor ? (num_items - next) / divisor : 1;
+        int64_t take = divisor ? (end - next) / divisor : 1;
         if (take < 1) take = 1;
-        if (!atomic_compare_exchange_weak_explicit(&pool.word, &word, word + (uint64_t)take,
-                                                   memory_order_acq_rel, memory_order_acquire))
+        uint64_t left = is_own ? word + (uint64_t)take : word - ((uint64_t)take << ITEM_BITS);
+        if (!atomic_compare_exchange_weak_explicit(share, &word, left, memory_order_acq_rel,
+                                                   memory_order_acquire))
             continue;
+        if (!is_own) next = end - take;
         /* fn and job stay as they are until all items, these included, are done. */
         pool.fn(pool.job, next, next + take);
         atomic_fetch_add_explicit(&pool.num_done, take, memory_order_release);
-        word = atomic_load_explicit(&pool.word, memory_order_acquire);
+        word = atomic_load_explicit(share, memory_order_acquire);
     }
+}
+
+/* Works on the thread's own share first. Shares of an earlier job are used up, and a stale count
+ * only leaves more to the caller. */
+static void work(int own) {
+    int num_shares = atomic_load(&pool.num_shares);
+    for (int i = 0; i < num_shares; ++i) work_on(&shares[(own + i) % num_shares].word, i == 0);
 }
 
 static int is_called(int number, uint32_t seen) {
@@ -115,7 +132,7 @@ static void *help(void *number_as_pointer) {
     for (uint32_t seen = 0;;) {
         wait_for_call(number, seen);
         seen = atomic_load(&pool.epoch);
-        work();
+        work(number + 1);
     }
     return NULL;
 }
@@ -149,15 +166,21 @@ static void run_shared(chunk_fn *fn, const void *job, int64_t num_items, int num
     if (pool.num_helpers < num_threads - 1) start_helpers(num_threads - 1);
     pool.fn = fn;
     pool.job = job;
-    atomic_store_explicit(&pool.divisor, guided ? 2 * num_threads : 0, memory_order_relaxed);
+    atomic_store_explicit(&pool.divisor, guided ? 2 : 0, memory_order_relaxed);
     atomic_store_explicit(&pool.num_done, 0, memory_order_relaxed);
     atomic_store(&pool.limit, num_threads - 1);
+    int num_shares = pool.num_helpers < num_threads ? pool.num_helpers + 1 : num_threads;
+    atomic_store(&pool.num_shares, num_shares);
     uint64_t tag = ++pool.generation & 0xffff;
-    atomic_store_explicit(&pool.word, tag << (2 * ITEM_BITS) | (uint64_t)num_items << ITEM_BITS,
-                          memory_order_release);
+    for (int i = 0; i < num_shares; ++i) {
+        uint64_t first = (uint64_t)(num_items * i / num_shares);
+        uint64_t end = (uint64_t)(num_items * (i + 1) / num_shares);
+        atomic_store_explicit(&shares[i].word, tag << (2 * ITEM_BITS) | end << ITEM_BITS | first,
+                              memory_order_release);
+    }
     atomic_fetch_add(&pool.epoch, 1);
     for (int i = 0; i < num_threads - 1 && i < pool.num_helpers; ++i) wake(&helpers[i].sleeping);
-    work();
+    work(0);
     for (int num_spins = 0;
          atomic_load_explicit(&pool.num_done, memory_order_acquire) < num_items; ++num_spins) {
         if (num_spins < 2000)
