@@ -10,6 +10,16 @@ import torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceSplit:
+    """Where the tokens of a step stand that is split along its tokens; N tokens of all ranks."""
+
+    num_tokens: tuple[int, ...]
+    """Of each rank of the sequence axis."""
+    slot_N: torch.Tensor
+    """int64 `slot_T` of each rank, in rank order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepBatch:
     """Index tensors of one forward pass, built once a step on the host, then moved to the device.
 
@@ -38,3 +48,5 @@ class StepBatch:
     """Prompt tokens of each sequence, those of later chunks too. Only rope scalings that depend on
     a length read it (`ModelConfig.rope_length_threshold_tokens`); None stands for `context_lens`.
     """
+    split: SequenceSplit | None = None
+    """The other ranks of the sequence axis compute other tokens of the step; None: the same."""

@@ -14,12 +14,14 @@ from engine.layers.norm import HeadsNorm, NormWeight
 from engine.layers.sinks import Sinks
 from engine.parallel.axes import AxisGroup
 from engine.parallel.linear import QkvParallelLinear, RowParallelLinear
+from engine.parallel.sequence import gather_kv
 
 
 class Attention(nn.Module):
     """Projects, rotates, stores keys and values, attends: one all-reduce over the tensor axis.
 
-    Where queries and keys are normalised at full width, two more of a number a token.
+    Where the batch is split, one all-gather over the sequence axis. Where queries and keys are
+    normalised at full width, two more all-reduces of a number a token.
     """
 
     def __init__(
@@ -29,11 +31,13 @@ class Attention(nn.Module):
         name: str,
         window: int | None,
         axis: AxisGroup,
+        sequence: AxisGroup,
         kernels: Kernels,
     ) -> None:
         super().__init__()
         form = config.form
         self._kernels = kernels
+        self._sequence = sequence
         self._window = window
         self._scale = form.attention_scale or config.head_dim**-0.5
         self._score_cap = form.score_cap
@@ -102,6 +106,7 @@ class Attention(nn.Module):
             k_norm_A=None if self.k_norm is None else self.k_norm.weight_D,
             norm_eps=self._norm_eps,
         )
+        gather_kv(kv_PJGCA, batch, self._sequence)
         o_THA = self._kernels.attention(
             q_THA,
             kv_PJGCA,

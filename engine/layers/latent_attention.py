@@ -22,6 +22,7 @@ from engine.layers.norm import RmsNorm
 from engine.parallel.axes import AxisGroup
 from engine.parallel.heads import features_of, head_split
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from engine.parallel.sequence import gather_kv
 from engine.parallel.shard import ShardedModule, ShardSpec
 
 
@@ -56,7 +57,8 @@ class LatentProjections(ShardedModule):
 class LatentAttention(nn.Module):
     """Projects, rotates, stores the latent vector, attends: one all-reduce over the tensor axis.
 
-    The latent vector is computed on every rank of the axis; heads are split.
+    The latent vector is computed on every rank of the axis; heads are split. Where the batch is
+    split, one all-gather over the sequence axis.
     """
 
     def __init__(
@@ -66,9 +68,11 @@ class LatentAttention(nn.Module):
         *,
         name: str,
         axis: AxisGroup,
+        sequence: AxisGroup,
         kernels: Kernels,
     ) -> None:
         super().__init__()
+        self._sequence = sequence
         self._form = form
         self._kernels = kernels
         heads = head_split(HeadShape(config.num_heads, 1, 1), axis.size, axis.rank).heads
@@ -129,6 +133,7 @@ class LatentAttention(nn.Module):
         latent_TK, rope_TA = self.latent(x_TD).split((form.kv_rank, form.rope_dim), 1)
         rope_TA = kernels.rotate(self._halves(rope_TA.unsqueeze(1)), cos_TA, sin_TA).squeeze(1)
         kernels.store_latent(torch.cat((self.latent_norm(latent_TK), rope_TA), 1), kv_PJGCA, batch)
+        gather_kv(kv_PJGCA, batch, self._sequence)
         q_THA = self._queries(x_TD, cos_TA, sin_TA)
         o_THK = kernels.attention(
             q_THA, kv_PJGCA, batch, scale=self._scale, window=None, value_dim=form.kv_rank

@@ -55,6 +55,8 @@ class CausalLM(nn.Module):
         heads = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
         self.kv_heads = head_split(heads, axes.tp.size, axes.tp.rank).kv_heads
         """This rank's KV heads, counted over the whole model."""
+        self.sequence = axes.sp
+        """The ranks among which the tokens of a step may be split."""
         self.stage_layers = stage_layers(config, axes.pp.size, axes.pp.rank)
         """This rank's layers, counted over the whole model."""
         self.is_first_stage = axes.pp.rank == 0
@@ -92,7 +94,8 @@ class CausalLM(nn.Module):
         after layer.
 
         Args:
-            batch: the same on all stages; only the first looks at its token ids.
+            batch: the same on all stages; only the first looks at its token ids. Ranks of the
+                sequence axis may have different ones: see `StepBatch.split`.
             kv_pool: of this rank's layers.
             residual_TD: what the stage before returned; it is changed in place. None on the first.
 

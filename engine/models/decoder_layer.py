@@ -42,11 +42,21 @@ class DecoderLayer(nn.Module):
         self.attention: Attention | LatentAttention
         if form.latent is not None:
             self.attention = LatentAttention(
-                config, form.latent, name=f"{name}.self_attn", axis=axes.tp, kernels=kernels
+                config,
+                form.latent,
+                name=f"{name}.self_attn",
+                axis=axes.tp,
+                sequence=axes.sp,
+                kernels=kernels,
             )
         else:
             self.attention = Attention(
-                config, name=f"{name}.self_attn", window=window, axis=axes.tp, kernels=kernels
+                config,
+                name=f"{name}.self_attn",
+                window=window,
+                axis=axes.tp,
+                sequence=axes.sp,
+                kernels=kernels,
             )
         self.norm_after_attention = norm(form.norms.after_attention)
         self.norm_before_mlp = norm(form.norms.before_mlp)

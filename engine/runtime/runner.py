@@ -5,18 +5,22 @@ V vocabulary.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from engine.kv_cache.batch import StepBatch
+from engine.kv_cache.batch import SequenceSplit, StepBatch
 from engine.kv_cache.pool import KvPool
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import AxisGroup
+from engine.scheduling.sequence_split import sequence_shares
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
+_Table = np.ndarray[tuple[int, int], np.dtype[np.int32]]
+_Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 _WIDTH_STEP = 8  # block tables grow by so many columns, so that their shapes repeat
 
 
@@ -65,9 +69,15 @@ class ModelRunner:
         """Compute the plan's chunks; returns logits_BV, float32, one row a drawing chunk.
 
         On CUDA the result is still being computed when this returns. Stages before the last one
-        return no rows.
+        return no rows, and neither do ranks of the sequence axis after the first, where the plan
+        is split among them.
         """
-        batch = step_batch(plan, self.pool.layout.block_size_tokens, self._device, num_threads)
+        block_size, sequence = self.pool.layout.block_size_tokens, self.model.sequence
+        shares = sequence_shares(plan, sequence.size)
+        plan = plan if shares is None else shares[sequence.rank]
+        batch = step_batch(plan, block_size, self._device, num_threads)
+        if shares is not None:
+            batch = replace(batch, split=_sequence_split(shares, block_size, self._device))
         hidden_TD = self.model.forward(batch, self.pool, self._received(len(batch.token_T)))
         if not self.model.is_last_stage:
             self._pipeline.send(hidden_TD, self._pipeline.rank + 1)
@@ -111,14 +121,8 @@ def step_batch(
     tokens: list[int] = []
     for chunk in chunks:
         tokens += chunk.token_ids
-    lens_B = np.array(query_lens, dtype=np.int64)
-    query_start_B1 = np.zeros(len(chunks) + 1, dtype=np.int64)
-    np.cumsum(lens_B, out=query_start_B1[1:])
-    first_B = np.array([chunk.first_position for chunk in chunks], dtype=np.int64)
-    row_T = np.repeat(np.arange(len(chunks)), lens_B)
-    position_T = np.arange(len(tokens)) + (first_B - query_start_B1[:-1])[row_T]
-    block_T, offset_T = np.divmod(position_T, block_size_tokens)
-    slot_T = table_BW[row_T, block_T].astype(np.int64) * block_size_tokens + offset_T
+    query_start_B1 = np.array([0, *accumulate(query_lens)], dtype=np.int64)
+    position_T, slot_T = _places(chunks, table_BW, block_size_tokens)
     return StepBatch(
         token_T=_to_device(np.array(tokens, dtype=np.int64), device),
         position_T=_to_device(position_T, device),
@@ -133,9 +137,34 @@ def step_batch(
     )
 
 
+def _places(
+    chunks: tuple[ScheduledChunk, ...], table_BW: _Table, block_size_tokens: int
+) -> tuple[_Indices, _Indices]:
+    """position_T and slot_T of the chunks' tokens."""
+    lens_B = np.array([len(chunk.token_ids) for chunk in chunks], dtype=np.int64)
+    before_B = np.cumsum(lens_B) - lens_B
+    first_B = np.array([chunk.first_position for chunk in chunks], dtype=np.int64)
+    row_T = np.repeat(np.arange(len(chunks)), lens_B)
+    position_T = np.arange(len(row_T)) + (first_B - before_B)[row_T]
+    block_T, offset_T = np.divmod(position_T, block_size_tokens)
+    return position_T, table_BW[row_T, block_T].astype(np.int64) * block_size_tokens + offset_T
+
+
+def _sequence_split(
+    shares: tuple[StepPlan, ...], block_size_tokens: int, device: torch.device
+) -> SequenceSplit:
+    slots = [
+        _places(share.chunks, _block_table(share.chunks), block_size_tokens)[1] for share in shares
+    ]
+    return SequenceSplit(
+        num_tokens=tuple(share.num_tokens for share in shares),
+        slot_N=_to_device(np.concatenate(slots), device),
+    )
+
+
 def _block_table(
     chunks: tuple[ScheduledChunk, ...],
-) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+) -> _Table:
     longest = max(len(chunk.block_ids) for chunk in chunks)
     width = -(-longest // _WIDTH_STEP) * _WIDTH_STEP
     table_BW = np.zeros((len(chunks), width), dtype=np.int32)

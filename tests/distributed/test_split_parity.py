@@ -95,27 +95,29 @@ LAYOUTS = {
     "llama": (
         "tp=2", "tp=3", "tp=4", "tp=8", "pp=2", "pp=3", "pp=4", "pp=8",
         "tp=2,pp=2", "tp=3,pp=2", "tp=2,pp=3", "tp=2,pp=4", "tp=4,pp=2",
+        "sp=2", "sp=3", "sp=4", "tp=2,sp=2", "sp=2,pp=2", "tp=2,sp=2,pp=2", "tp=2,sp=4",
     ),
     "llama-bias": ("tp=2", "tp=3", "tp=2,pp=2"),
     "llama-uneven": (
+        "sp=2", "tp=2,sp=2",
         "tp=2", "tp=3", "tp=4", "tp=5", "tp=6", "tp=7", "tp=8", "tp=9", "pp=5", "tp=3,pp=2",
     ),
     "llama-uneven-tied": ("tp=2", "pp=2", "pp=3", "tp=2,pp=2"),
     "qwen2": ("tp=2", "tp=3", "tp=4", "pp=2", "tp=2,pp=2"),
     "qwen2-tied": ("tp=2", "tp=4", "pp=2", "tp=2,pp=3"),
-    "qwen3": ("tp=2", "tp=3", "tp=4", "pp=3", "tp=2,pp=2"),
-    "mistral-window": ("tp=2", "tp=3", "tp=4", "pp=2", "tp=2,pp=4"),
+    "qwen3": ("sp=2", "tp=2", "tp=3", "tp=4", "pp=3", "tp=2,pp=2"),
+    "mistral-window": ("sp=2", "tp=3,sp=2", "tp=2", "tp=3", "tp=4", "pp=2", "tp=2,pp=4"),
     "gemma2": ("tp=2", "tp=3", "pp=3", "tp=2,pp=2"),
-    "gemma3": ("tp=3", "pp=4", "tp=2,pp=2"),
+    "gemma3": ("sp=3", "tp=3", "pp=4", "tp=2,pp=2"),
     "phi3": ("tp=2", "tp=4", "pp=2", "tp=3,pp=2"),
     "olmo2": ("tp=2", "tp=3", "tp=4", "pp=2", "tp=3,pp=2"),
-    "mixtral": ("tp=2", "tp=3", "pp=3", "tp=3,pp=2", "tp=2,ep=2", "tp=4,ep=2", "tp=4,ep=4",
+    "mixtral": ("sp=2", "tp=2", "tp=3", "pp=3", "tp=3,pp=2", "tp=2,ep=2", "tp=4,ep=2", "tp=4,ep=4",
                 "tp=2,pp=2,ep=2"),
     "qwen2-moe": ("tp=2", "tp=3", "tp=2,ep=2", "tp=4,ep=2"),
     "qwen3-moe": ("tp=2", "tp=4,ep=4", "tp=2,pp=3,ep=2"),
     "gpt-oss": ("tp=2", "tp=3", "tp=4,ep=2", "tp=2,pp=2,ep=2"),
     "deepseek-v3": ("tp=2", "tp=2,ep=2", "tp=4,ep=2", "tp=3,pp=3"),
-    "deepseek-v2": ("tp=2", "tp=3", "tp=4", "pp=3", "tp=3,pp=2"),
+    "deepseek-v2": ("sp=2", "tp=2,sp=2", "tp=2", "tp=3", "tp=4", "pp=3", "tp=3,pp=2"),
     "granite": ("tp=2", "pp=3", "tp=3,pp=2"),
 }  # fmt: skip
 
@@ -146,6 +148,7 @@ class Steps:
         pool = KvPool(layout, NUM_BLOCKS, CPU)
         pool.blocks_PLJGCA.fill_(torch.nan)
         self.world = group.axes.world
+        self.drawing_rank = (group.layout.pp - 1) * group.layout.tp * group.layout.sp
         self.runner = ModelRunner(model, pool, CPU, group.axes.pp)
         order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1)).tolist()
         self.blocks = (tuple(order[::2]), tuple(order[1::2]))
@@ -153,23 +156,32 @@ class Steps:
     def close(self) -> None:
         self.runner.pool.close()
 
-    def last_logits(self, sequence: int, first: int, tokens: Sequence[int]) -> torch.Tensor:
-        """Compute the next tokens of a sequence; its last logits, on the ranks that have them."""
-        chunk = ScheduledChunk(
-            str(sequence), first, tuple(tokens), self.blocks[sequence], len(PROMPT), is_drawing=True
-        )
-        return self.runner.run(StepPlan((chunk,)), 1)
+    def last_logits(self, *parts: tuple[int, int, Sequence[int]]) -> torch.Tensor:
+        """Compute the tokens that follow the first ones of sequences; on ranks that have them,
+        the logits of each sequence's last."""
+        chunks = [
+            ScheduledChunk(
+                str(sequence),
+                first,
+                tuple(tokens),
+                self.blocks[sequence],
+                len(PROMPT),
+                is_drawing=True,
+            )
+            for sequence, first, tokens in parts
+        ]
+        return self.runner.run(StepPlan(tuple(chunks)), 1)
 
     def greedy(self, sequence: int, prompt: Sequence[int], num_tokens: int) -> list[int]:
-        """Draw on the last rank, which is on the last stage, and tell the others."""
+        """Draw on the first rank of the last stage, and tell the others."""
         drawn: list[int] = []
         first, tokens = 0, list(prompt)
         for _ in range(num_tokens):
-            logits_1V = self.last_logits(sequence, first, tokens)
+            logits_1V = self.last_logits((sequence, first, tokens))
             token = torch.zeros(1, dtype=torch.int64)
-            if self.world.rank == self.world.size - 1:
+            if self.world.rank == self.drawing_rank:
                 token[0] = logits_1V.argmax()
-            self.world.broadcast(token, self.world.size - 1)
+            self.world.broadcast(token, self.drawing_rank)
             drawn.append(int(token))
             first, tokens = first + len(tokens), [int(token)]
         return drawn
@@ -178,18 +190,14 @@ class Steps:
 def compute(group: RankGroup, path: str, dtype: str = "float32") -> dict[str, Any]:
     """The logits of a prompt in one piece and in chunks, then of decode steps; a greedy answer."""
     steps = Steps(group, path, dtype)
-    logits = [steps.last_logits(0, 0, PROMPT)]
-    logits += [
-        steps.last_logits(0, len(PROMPT) + index, [token]) for index, token in enumerate(ANSWER)
-    ]
-    first = 0
-    for size in (17, 1, 30, 22):
-        last = steps.last_logits(1, first, PROMPT[first : first + size])
-        first += size
-    logits.append(last)
-    logits += [
-        steps.last_logits(1, len(PROMPT) + index, [token]) for index, token in enumerate(ANSWER)
-    ]
+    after = [(len(PROMPT) + index, [token]) for index, token in enumerate(ANSWER)]
+    logits = [steps.last_logits((0, 0, PROMPT))]
+    logits += [steps.last_logits((0, *step)) for step in after[:-1]]
+    steps.last_logits((1, 0, PROMPT[:17]))
+    steps.last_logits((1, 17, PROMPT[17:18]))
+    both = steps.last_logits((0, *after[-1]), (1, 18, PROMPT[18:58]))
+    logits += [both[:1], steps.last_logits((1, 58, PROMPT[58:]))]
+    logits += [steps.last_logits((1, *step)) for step in after]
     answer = steps.greedy(0, PROMPT, NUM_GREEDY)
     steps.close()
     return {"logits": torch.cat(logits) if logits[0].numel() else None, "answer": answer}
@@ -229,16 +237,19 @@ def checkpoint_of(name: str, made: dict[str, Any]) -> tuple[Path, torch.Tensor, 
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"), [(name, layout) for name in LAYOUTS for layout in LAYOUTS[name]]
-)
-def test_split_over_ranks_equals_transformers(
-    name: str, layout: str, checkpoints: dict[str, Any]
-) -> None:
-    path, expected, answer = checkpoint_of(name, checkpoints)
-    found = run_ranks(layout, compute, str(path))
-    assert all(rank["answer"] == answer for rank in found)
-    assert_logits_near(found, expected)
+def compute_each(group: RankGroup, paths: Sequence[str]) -> list[dict[str, Any]]:
+    return [compute(group, path) for path in paths]
+
+
+@pytest.mark.parametrize("layout", sorted({layout for row in LAYOUTS.values() for layout in row}))
+def test_split_over_ranks_equals_transformers(layout: str, checkpoints: dict[str, Any]) -> None:
+    names = [name for name, row in LAYOUTS.items() if layout in row]
+    cases = [checkpoint_of(name, checkpoints) for name in names]
+    found = run_ranks(layout, compute_each, [str(path) for path, _, _ in cases])
+    for index, (name, (_, expected, answer)) in enumerate(zip(names, cases, strict=True)):
+        ranks = [rank[index] for rank in found]
+        assert all(rank["answer"] == answer for rank in ranks), name
+        assert_logits_near(ranks, expected, name)
 
 
 @pytest.mark.parametrize("layout", ["tp=3", "tp=2,pp=2"])
@@ -251,12 +262,12 @@ def test_ranks_of_several_hosts_equal_transformers(
     assert_logits_near(found, expected)
 
 
-def assert_logits_near(found: list[dict[str, Any]], expected: torch.Tensor) -> None:
+def assert_logits_near(found: list[dict[str, Any]], expected: torch.Tensor, name: str = "") -> None:
     """The same bits on every rank that has them."""
     logits = [rank["logits"] for rank in found if rank["logits"] is not None]
-    assert all(torch.equal(other, logits[0]) for other in logits), "ranks differ"
+    assert all(torch.equal(other, logits[0]) for other in logits), f"{name}: ranks differ"
     error = (logits[0] - expected).abs().amax(-1) / expected.abs().amax(-1)
-    assert error.max() < RELATIVE_TOLERANCE, f"row {error.argmax()}: {error.max():.2e}"
+    assert error.max() < RELATIVE_TOLERANCE, f"{name}: row {error.argmax()}: {error.max():.2e}"
 
 
 DEMO_PATH = default_cache_dir(os.environ) / DEMO_FILE_NAME
