@@ -230,9 +230,9 @@ def _is_over(work: Work | _Transfer) -> bool:
     try:
         work.wait(timedelta(seconds=_SLICE_S))
     except RuntimeError:
-        if work.is_completed():
-            raise
-        return False  # the slice ended, not the operation
+        if not work.is_completed():
+            return False  # the slice ended, not the operation
+        work.wait()  # it ended just after the slice: raises if it failed
     return True
 
 
