@@ -6,6 +6,7 @@ from kv_transfer.config import address_from
 from kv_transfer.group_layout import GroupLayout, RankBox
 from kv_transfer.lease import Lease
 from kv_transfer.offer import Offer, RankOffer, ShmOffer, TcpOffer
+from protos.isthmus.v1 import kv_rank_pb2 as rank_pb
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
 
 HASH_BYTES = 16
@@ -67,12 +68,14 @@ def rank_to_pb(box: RankBox, offer: RankOffer) -> pb.KvRank:
     return pb.KvRank(
         layers=box.layers,
         kv_heads=box.kv_heads,
-        shm=None if offer.shm is None else _shm_to_pb(offer.shm),
-        tcp=None if offer.tcp is None else _tcp_to_pb(offer.tcp),
+        shm=shm_to_pb(offer),
+        tcp=tcp_to_pb(offer),
     )
 
 
-def rank_offer_from(message: pb.KvRank) -> RankOffer:
+def rank_offer_from(
+    message: pb.KvRank | rank_pb.StartReceivingResponse | rank_pb.KvTarget,
+) -> RankOffer:
     """Raises InvalidRequestError for a data address that is none."""
     shm, tcp = message.shm, message.tcp
     return RankOffer(
@@ -94,13 +97,17 @@ def lease_to_pb(lease: Lease) -> pb.ReserveResponse:
     )
 
 
-def _shm_to_pb(offer: ShmOffer) -> pb.ShmOffer:
-    return pb.ShmOffer(path=offer.path, num_bytes=offer.num_bytes, nonce=offer.nonce)
+def shm_to_pb(offer: RankOffer) -> pb.ShmOffer | None:
+    if offer.shm is None:
+        return None
+    return pb.ShmOffer(path=offer.shm.path, num_bytes=offer.shm.num_bytes, nonce=offer.shm.nonce)
 
 
-def _tcp_to_pb(offer: TcpOffer) -> pb.TcpOffer:
-    host = f"[{offer.host}]" if ":" in offer.host else offer.host
-    return pb.TcpOffer(address=f"{host}:{offer.port}")
+def tcp_to_pb(offer: RankOffer) -> pb.TcpOffer | None:
+    if offer.tcp is None:
+        return None
+    host = f"[{offer.tcp.host}]" if ":" in offer.tcp.host else offer.tcp.host
+    return pb.TcpOffer(address=f"{host}:{offer.tcp.port}")
 
 
 def _tcp_from(message: pb.TcpOffer) -> TcpOffer:

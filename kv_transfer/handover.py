@@ -151,7 +151,7 @@ class Handover:
 
         Shield it: `KvSender` does.
         """
-        self._permit.stopped.set()
+        self._permit.stop()
         if self._writes:
             await asyncio.wait(self._writes)
         self.session.permits.pop(self._permit.lease_id, None)

@@ -139,9 +139,9 @@ class Peer:
             self.forget(session)
         for lease_id, permit in permits.items():
             if lease_id in lost:
-                permit.deadline_s = float("-inf")
+                permit.move(float("-inf"))
             else:
-                permit.deadline_s = max(permit.deadline_s, sent_s + lease_s)
+                permit.move(max(permit.deadline_s, sent_s + lease_s))
 
     async def close(self) -> None:
         if self._session is not None:

@@ -24,6 +24,18 @@ class WritePermit:
     deadline_s: float
     """By `clock`; never later than the receiver's own end of the lease. Moved by renewals."""
     stopped: threading.Event = field(default_factory=threading.Event)
+    on_change: set[Callable[[], None]] = field(default_factory=set)
+    """Called on the loop when the permit is moved or stopped; for writes in other processes."""
+
+    def move(self, deadline_s: float) -> None:
+        """Set another deadline. Loop only."""
+        self.deadline_s = deadline_s
+        self._tell()
+
+    def stop(self) -> None:
+        """Let nothing more be written. Loop only."""
+        self.stopped.set()
+        self._tell()
 
     def check(self) -> None:
         """Call before each slice.
@@ -36,6 +48,10 @@ class WritePermit:
             raise WriteStoppedError("the handover was given up by its sender")
         if self.clock() >= self.deadline_s:
             raise KvLeaseLostError(f"lease {self.lease_id} ended before its blocks were written")
+
+    def _tell(self) -> None:
+        for tell in list(self.on_change):
+            tell()
 
 
 class KvWriter(Protocol):

@@ -8,6 +8,7 @@ workers; tokens are cut to blocks at each push (`blocks.slot_ranges`).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from engine.kv_cache.layout import KvLayout
 from kv_transfer.balance import Job, share
 from kv_transfer.group_layout import GroupLayout
 
@@ -25,6 +26,14 @@ class Box:
     def num_cells(self) -> int:
         """Heads of layers."""
         return self.num_layers * self.num_heads
+
+    def is_inside(self, layout: KvLayout) -> bool:
+        """Not empty, and within a pool of this layout."""
+        return (
+            self.num_cells > 0
+            and self.first_layer + self.num_layers <= layout.num_layers
+            and self.first_head + self.num_heads <= layout.num_kv_heads
+        )
 
 
 @dataclass(frozen=True, slots=True)

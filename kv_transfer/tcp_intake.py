@@ -99,12 +99,7 @@ class _Gate:
             raise FrameError("stale_epoch")
         if not 1 <= header.num_slots <= layout.block_size_tokens:
             raise FrameError("bad_slots")
-        is_inside = (
-            box.num_cells > 0
-            and box.first_layer + box.num_layers <= layout.num_layers
-            and box.first_head + box.num_heads <= layout.num_kv_heads
-        )
-        if not is_inside:
+        if not box.is_inside(layout):
             raise FrameError("bad_box")
         if header.num_bytes != header.num_slots * box.num_cells * layout.bytes_per_cell:
             raise FrameError("bad_length")

@@ -1,17 +1,19 @@
 """Two workers of several ranks, all in this process, whose pools hold a known sequence."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.kv_cache.layout import KvLayout
 from kv_transfer.config import DataPlane
 from kv_transfer.group_layout import GroupLayout
 from kv_transfer.handover import TokenShard
 from kv_transfer.local_receiving_rank import LocalReceivingRank
 from kv_transfer.local_sending_rank import LocalSendingRank
+from kv_transfer.rank.remote import RemoteRank
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.receiving_rank import ReceivingRank
@@ -60,26 +62,42 @@ async def kv_groups(
     plane: str = "shm",
     sending: Callable[[int, SendingRank], SendingRank] = lambda rank, local: local,
     receiving: Callable[[int, ReceivingRank], ReceivingRank] = lambda rank, local: local,
+    follower: Callable[[str, int, KvLayout], Awaitable[tuple[HostMemory, RemoteRank]]]
+    | None = None,
 ) -> AsyncIterator[KvGroups]:
-    """Both workers, joined by real gRPC; `sending` and `receiving` may replace single ranks."""
+    """Both workers, joined by real gRPC.
+
+    `sending` and `receiving` may replace single ranks; `follower` makes all but rank 0 of each
+    worker elsewhere, given worker id, rank and layout.
+    """
     config = replace(FAST, data_plane=DataPlane(plane))
     engine = FakeEngine(num_blocks=NUM_BLOCKS, block_size_tokens=receiver_layout.block_size_tokens)
     async with AsyncExitStack() as stack:
-        local, remote = (
-            [
-                stack.enter_context(
-                    HostMemory(NUM_BLOCKS, layout.rank_layout(rank)).fill_randomly(seed + rank)
-                )
-                for rank in range(layout.num_ranks)
-            ]
-            for seed, layout in ((0, sender_layout), (1000, receiver_layout))
-        )
+
+        async def open_ranks(
+            worker_id: str, layout: GroupLayout
+        ) -> tuple[list[HostMemory], list[RemoteRank | None]]:
+            memories: list[HostMemory] = []
+            remotes: list[RemoteRank | None] = []
+            for rank in range(layout.num_ranks):
+                if rank and follower is not None:
+                    memory, remote = await follower(worker_id, rank, layout.rank_layout(rank))
+                    remotes.append(await stack.enter_async_context(remote))
+                else:
+                    memory = HostMemory(NUM_BLOCKS, layout.rank_layout(rank))
+                    remotes.append(None)
+                memories.append(stack.enter_context(memory).fill_randomly(len(worker_id) + rank))
+            return memories, remotes
+
+        local, far_sources = await open_ranks("prefill-0", sender_layout)
+        remote, far_targets = await open_ranks("decode-0", receiver_layout)
         sources = [
-            sending(rank, LocalSendingRank(memory, config)) for rank, memory in enumerate(local)
+            sending(rank, far or LocalSendingRank(memory, config))
+            for rank, (memory, far) in enumerate(zip(local, far_sources, strict=True))
         ]
         targets = [
-            receiving(rank, LocalReceivingRank(memory, config))
-            for rank, memory in enumerate(remote)
+            receiving(rank, far or LocalReceivingRank(memory, config))
+            for rank, (memory, far) in enumerate(zip(remote, far_targets, strict=True))
         ]
         receiver = await stack.enter_async_context(
             KvReceiver(

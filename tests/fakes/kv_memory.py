@@ -23,15 +23,25 @@ class HostMemory:
     """A pool in a memfd, nonce behind it; `with` closes the descriptor."""
 
     def __init__(
-        self, num_blocks: int = 16, layout: KvLayout = TINY_LAYOUT, *, is_shared: bool = True
+        self,
+        num_blocks: int = 16,
+        layout: KvLayout = TINY_LAYOUT,
+        *,
+        is_shared: bool = True,
+        path: str | None = None,
     ) -> None:
+        """`path` maps a pool that another process has made."""
         self.layout = layout
         self.num_blocks = num_blocks
         self._pool_bytes = num_blocks * layout.block_bytes
-        self._fd = os.memfd_create("test-kv", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, self._pool_bytes + NONCE_BYTES)
+        if path is not None:
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        else:
+            self._fd = os.memfd_create("test-kv", os.MFD_CLOEXEC)
+            os.ftruncate(self._fd, self._pool_bytes + NONCE_BYTES)
         self._map = mmap.mmap(self._fd, self._pool_bytes + NONCE_BYTES)
-        self._map[self._pool_bytes :] = os.urandom(NONCE_BYTES)
+        if path is None:
+            self._map[self._pool_bytes :] = os.urandom(NONCE_BYTES)
         self._is_shared = is_shared
 
     def __enter__(self) -> Self:
