@@ -138,6 +138,11 @@ class Generation:
     def is_finished(self) -> bool:
         return not self._num_open and self._error is None
 
+    @property
+    def is_settled(self) -> bool:
+        """Finished, and `next` has nothing more to wait for: what came last may end the reply."""
+        return self.is_finished and not self._ready and not self._answers[0].session.awaits_report
+
     def usage(self) -> Usage:
         return Usage(
             num_prompt_tokens=sum(map(len, self.work.prompts)),

@@ -25,6 +25,7 @@ from gateway.parameters import (
 from gateway.pools import WorkerPools
 from gateway.session import RecoveryConfig, SequenceSession, SequenceWork, SessionOwner
 from gateway.tokenizer import Tokenizer
+from mesh.telemetry import child_span
 from protos.isthmus.v1 import sampling_pb2
 
 MAX_CHARS_PER_TOKEN = 128
@@ -128,7 +129,7 @@ class InferenceService:
                 param=param,
                 code="context_length_exceeded",
             )
-        with self._tracer.start_as_current_span("tokenise") as span:
+        with child_span(self._tracer, "tokenise") as span:
             token_ids = await self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
             span.set_attribute("num_tokens", len(token_ids))
         if not token_ids:
@@ -166,15 +167,19 @@ class InferenceService:
     ) -> AsyncIterator[Generation]:
         """Answer prompts inside the block; leaving it early frees everything on the workers.
 
+        Args:
+            context: of the request.
+            prompts: ids from `tokenise`, or the caller's own that `check_ids` has passed.
+            sampling: as the caller sent it.
+            default_max_tokens: None: what the context leaves.
+
         Raises:
             InvalidRequestError: a parameter is out of range or the context is too short.
             CapacityError: too many sequences are open.
             NotReadyError: no decode worker is there.
         """
-        for token_ids in prompts:
-            if not token_ids:
-                raise ParameterError("prompt must not be empty", param="prompt")
-            self.check_ids(token_ids, "prompt")
+        if not all(prompts):
+            raise ParameterError("prompt must not be empty", param="prompt")
         checked = checked_sampling(
             sampling,
             num_prompt_tokens=max(map(len, prompts)),
@@ -198,7 +203,7 @@ class InferenceService:
                 span=context.span,
             )
             try:
-                with self._tracer.start_as_current_span("route"):
+                with child_span(self._tracer, "route"):
                     generation.start()
                 self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
                 yield generation

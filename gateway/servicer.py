@@ -6,7 +6,7 @@ from typing import Any
 from grpc import aio
 
 from engine.errors import InvalidRequestError
-from gateway.generation import Delta
+from gateway.generation import Delta, Generation
 from gateway.service import InferenceService, RequestContext
 from protos.isthmus.v1 import inference_pb2 as pb
 from protos.isthmus.v1 import inference_pb2_grpc
@@ -30,17 +30,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             async with self._service.generating(known, [prompt], request.sampling) as generation:
                 if request.echo:
                     await context.write(self._echo(request, known))
-                while deltas := await generation.next():
-                    await context.write(
-                        pb.GenerateResponse(request_id=known.request_id, deltas=_to_pb(deltas))
-                    )
-                await context.write(
-                    pb.GenerateResponse(
-                        request_id=known.request_id,
-                        usage=generation.usage(),
-                        report=generation.report(),
-                    )
-                )
+                await _write_answers(context, pb.GenerateResponse, generation)
 
     async def Chat(
         self,
@@ -52,17 +42,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             self._service.check_model(request.model)
             prompt = await self._service.tokenise_chat([_message(m) for m in request.messages])
             async with self._service.generating(known, [prompt], request.sampling) as generation:
-                while deltas := await generation.next():
-                    await context.write(
-                        pb.ChatResponse(request_id=known.request_id, deltas=_to_pb(deltas))
-                    )
-                await context.write(
-                    pb.ChatResponse(
-                        request_id=known.request_id,
-                        usage=generation.usage(),
-                        report=generation.report(),
-                    )
-                )
+                await _write_answers(context, pb.ChatResponse, generation)
 
     async def Tokenize(
         self,
@@ -99,6 +79,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         if request.WhichOneof("prompt") == "text":
             return await self._service.tokenise(request.text, add_special_tokens=True)
         if request.WhichOneof("prompt") == "token_ids":
+            self._service.check_ids(request.token_ids.ids, "prompt")
             return list(request.token_ids.ids)
         raise InvalidRequestError("prompt must be set: text or token_ids")
 
@@ -109,6 +90,29 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             request_id=known.request_id,
             deltas=[pb.Delta(index=index, text=text) for index in answers],
         )
+
+
+async def _write_answers(
+    context: "aio.ServicerContext[Any, Any]",
+    response: type[pb.GenerateResponse | pb.ChatResponse],
+    generation: Generation,
+) -> None:
+    """A message for each batch of deltas; the last one carries usage and report."""
+    request_id = generation.work.request_id
+    deltas: list[pb.Delta] = []
+    while found := await generation.next():
+        deltas = _to_pb(found)
+        if not generation.is_settled:
+            await context.write(response(request_id=request_id, deltas=deltas))
+            deltas = []
+    await context.write(
+        response(
+            request_id=request_id,
+            deltas=deltas,
+            usage=generation.usage(),
+            report=generation.report(),
+        )
+    )
 
 
 def _headers(context: "aio.ServicerContext[Any, Any]") -> dict[str, str]:

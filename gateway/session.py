@@ -165,11 +165,18 @@ class SequenceSession:
             self._recovery.cancel()
         self._withdraw()
 
+    @property
+    def awaits_report(self) -> bool:
+        """True while the prefill worker's last word on the sequence is still due."""
+        task = self.attempt.prefill_task if self.attempt is not None else None
+        return task is not None and not task.done()
+
     async def reported(self, timeout_s: float) -> None:
         """Wait for the prefill worker's last word on an ended sequence, if it is still due."""
-        task = self.attempt.prefill_task if self.attempt is not None else None
-        if task is not None and not task.done():
-            await asyncio.wait([task], timeout=timeout_s)
+        if self.awaits_report:
+            assert self.attempt is not None
+            assert self.attempt.prefill_task is not None
+            await asyncio.wait([self.attempt.prefill_task], timeout=timeout_s)
 
     # What the decode worker says.
 
@@ -202,15 +209,16 @@ class SequenceSession:
 
     # What the prefill worker says.
 
-    async def _prefill(self, attempt: Attempt) -> None:
+    async def _prefill(self, attempt: Attempt, submitted: SubmitSequence) -> None:
         worker = attempt.route.prefill
         assert worker is not None, attempt.request_id
         decode = attempt.route.decode.record
+        # Ids of one message are copied into another without becoming Python integers.
         request = PrefillRequest(
             request_id=attempt.request_id,
-            prompt_token_ids=self._work.prompt_token_ids,
-            output_token_ids=self.emitted,
-            sampling=self._work.sampling,
+            prompt_token_ids=submitted.prompt_token_ids,
+            output_token_ids=submitted.output_token_ids,
+            sampling=submitted.sampling,
             decode_worker_id=decode.worker_id,
             decode_address=decode.address,
         )
@@ -266,20 +274,18 @@ class SequenceSession:
             needs_first=route.prefill is not None,
             counts_for_prefill=route.prefill is not None,
         )
-        route.decode.stream.submit(
-            SubmitSequence(
-                request_id=attempt.request_id,
-                prompt_token_ids=self._work.prompt_token_ids,
-                output_token_ids=self.emitted,
-                sampling=self._work.sampling,
-                prefill_locally=route.prefill is None,
-                traceparent=self._work.traceparent,
-            ),
-            self,
+        submit = SubmitSequence(
+            request_id=attempt.request_id,
+            prompt_token_ids=self._work.prompt_token_ids,
+            output_token_ids=self.emitted,
+            sampling=self._work.sampling,
+            prefill_locally=route.prefill is None,
+            traceparent=self._work.traceparent,
         )
+        route.decode.stream.submit(submit, self)
         if route.prefill is not None:
             attempt.prefill_task = self._tasks.create_task(
-                self._prefill(attempt), name=f"prefill-{attempt.request_id}"
+                self._prefill(attempt, submit), name=f"prefill-{attempt.request_id}"
             )
         else:
             has_failed = not self._avoid.isdisjoint(self._pools.prefill)

@@ -5,7 +5,7 @@ serves one request, in the message where a stream serves many.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from grpc import aio
@@ -14,6 +14,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.trace import Span, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
@@ -65,6 +66,13 @@ def exporting_spans(
         yield
     finally:
         provider.shutdown()
+
+
+def child_span(tracer: Tracer, name: str) -> AbstractContextManager[Span]:
+    """A span inside the current one, as current span; nothing when that one is not recorded."""
+    if trace.get_current_span().is_recording():
+        return tracer.start_as_current_span(name)
+    return nullcontext(trace.INVALID_SPAN)
 
 
 def span_between(

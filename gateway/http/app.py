@@ -1,6 +1,7 @@
 """The HTTP door: routes, and error bodies for what no endpoint answers."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.http.endpoints import ChatCompletions, Completions
 from gateway.http.errors import ErrorDetail, ErrorReply, reply_of
@@ -21,13 +23,29 @@ from gateway.service import InferenceService
 PAGE = Path(__file__).with_name("status.html")
 
 
-def new_app(service: InferenceService, registry: CollectorRegistry) -> Starlette:
+def new_app(service: InferenceService, registry: CollectorRegistry) -> ASGIApp:
     """The application; `registry` is what /metrics shows."""
+    generation: dict[str, ASGIApp] = {
+        "/v1/chat/completions": ChatCompletions(service),
+        "/v1/completions": Completions(service),
+    }
+    others = _new_pages(service, registry, generation)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        """Generation goes to its endpoint at once: middleware would handle every token."""
+        endpoint = generation.get(scope["path"]) if scope["method"] == "POST" else None
+        await (endpoint or others)(scope, receive, send)
+
+    return app
+
+
+def _new_pages(
+    service: InferenceService, registry: CollectorRegistry, generation: Mapping[str, ASGIApp]
+) -> Starlette:
     pages = Pages(service, registry)
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", ChatCompletions(service), methods=["POST"]),
-            Route("/v1/completions", Completions(service), methods=["POST"]),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in generation.items()),
             Route("/v1/models", pages.models),
             Route("/v1/models/{model:path}", pages.model),
             Route("/health", pages.health),

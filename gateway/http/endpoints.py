@@ -12,7 +12,6 @@ import msgspec
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from engine.errors import IsthmusError
 from gateway.generation import ClientGoneError, Delta, Generation
 from gateway.http.body import decoded, read_body
 from gateway.http.errors import reply_of
@@ -63,7 +62,7 @@ class GenerationEndpoint(ABC):
                 await self._answer(plan, context, receive, writer)
         except ClientGoneError:
             return
-        except IsthmusError as error:
+        except Exception as error:  # noqa: BLE001 - the last frame of the request
             await writer.fail(reply_of(error))
 
     async def _answer(
@@ -76,10 +75,13 @@ class GenerationEndpoint(ABC):
             cancelled_when_gone(receive, generation),
         ):
             if plan.is_streamed:
+                events = b""
                 while deltas := await generation.next():
-                    if events := plan.form.chunks(deltas):
+                    events = plan.form.chunks(deltas)
+                    if events and not generation.is_settled:
                         await writer.events(events)
-                await writer.events(plan.form.closing(generation), is_last=True)
+                        events = b""
+                await writer.events(events + plan.form.closing(generation), is_last=True)
             else:
                 deltas = await collected(generation)
                 await writer.body(plan.form.whole(deltas, generation))
@@ -147,6 +149,7 @@ class Completions(GenerationEndpoint):
     async def _tokenised(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             return await self.service.tokenise(prompt, add_special_tokens=True)
+        self.service.check_ids(prompt, "prompt")
         return prompt
 
     def _echoes(self, prompts: list[str] | list[list[int]], num_answers: int) -> list[str]:

@@ -39,7 +39,7 @@ async def test_chat_streams_whole_characters_and_ends_with_usage_and_report(mesh
     assert all(len(delta.logprobs) == len(delta.token_ids) for delta in deltas)
     assert deltas[-1].finish_reason == FINISH_REASON_STOP
     assert {response.request_id for response in responses} == {responses[0].request_id}
-    assert not responses[-1].deltas
+    assert not any(response.HasField("usage") for response in responses[:-1])
     prompt = bytes(decode.submitted[0].prompt_token_ids)
     assert prompt == b"[user]hi[assistant]"
     num_bytes = len(TEXT.encode())

@@ -5,6 +5,7 @@ import httpx
 import openai
 import pytest
 
+from gateway.http.forms import CompletionForm
 from gateway.session import RecoveryConfig
 from tests.fakes.gateway import MODEL_ID, RunningGateway, gateway_over
 from tests.fakes.workers import (
@@ -306,3 +307,34 @@ async def test_an_error_in_mid_stream_is_the_last_event():
         await decode.die()
         rest = [line async for line in lines if line]
         assert json.loads(rest[-1][6:])["error"]["code"] == "service_unavailable"
+
+
+async def test_a_bug_is_an_internal_error_without_detail(monkeypatch, caplog):
+    monkeypatch.setattr(CompletionForm, "whole", fail_with_a_bug)
+    async with gateway_over(*workers()) as gateway, httpx.AsyncClient() as client:
+        url = f"{gateway.http_url}/v1/completions"
+        answer = await client.post(url, json={"prompt": "Hi", "max_tokens": 3})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "secret" not in answer.text
+    assert any(record.exc_info for record in caplog.records)
+
+
+async def test_a_bug_after_the_first_token_is_the_last_event(monkeypatch, caplog):
+    monkeypatch.setattr(CompletionForm, "closing", fail_with_a_bug)
+    prefill, decode = workers()
+    decode.tap.close()
+    async with gateway_over(prefill, decode) as gateway, httpx.AsyncClient() as client:
+        url = f"{gateway.http_url}/v1/completions"
+        body = {"prompt": "Hi", "max_tokens": 3, "stream": True}
+        async with client.stream("POST", url, json=body) as answer:
+            decode.tap.open()
+            events = (await answer.aread()).split(b"\n\n")
+    assert answer.status_code == 200
+    assert json.loads(events[-2].removeprefix(b"data: "))["error"]["code"] == "internal_error"
+    assert b"[DONE]" not in b"".join(events)
+    assert any(record.exc_info for record in caplog.records)
+
+
+def fail_with_a_bug(*_: object) -> bytes:
+    raise KeyError("secret")

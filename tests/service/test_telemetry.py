@@ -13,7 +13,12 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from mesh.channel import open_channel
 from mesh.server import listening
-from mesh.telemetry import context_from_call, context_from_traceparent, span_between
+from mesh.telemetry import (
+    child_span,
+    context_from_call,
+    context_from_traceparent,
+    span_between,
+)
 from protos.isthmus.v1 import inference_pb2 as pb
 from protos.isthmus.v1 import inference_pb2_grpc as pb_grpc
 
@@ -170,3 +175,18 @@ def test_a_context_holds_the_callers_span() -> None:
     context = context_from_traceparent(TRACEPARENT)
     assert context is not None
     assert f"{trace.get_current_span(context).get_span_context().trace_id:032x}" == TRACE_ID
+
+
+def test_a_part_of_a_request_is_a_span_inside_it(recorded_spans: InMemorySpanExporter) -> None:
+    tracer = trace.get_tracer("test")
+    with tracer.start_as_current_span("request"), child_span(tracer, "part"):
+        pass
+    part, request = recorded_spans.get_finished_spans()
+    assert part.name == "part"
+    assert part.parent == request.get_span_context()
+
+
+def test_a_part_of_what_is_not_recorded_is_no_span(recorded_spans: InMemorySpanExporter) -> None:
+    with child_span(trace.get_tracer("test"), "part") as span:
+        span.set_attribute("num_tokens", 1)
+    assert recorded_spans.get_finished_spans() == ()
