@@ -109,5 +109,5 @@ async def serve(
                 drained=servicer.drained,
                 stats=lambda: thread.stats,
                 metrics=metrics,
-            ):
-                await until_stopped(thread)
+            ) as stop_asked:
+                await until_stopped(thread, stop_asked)

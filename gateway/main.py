@@ -19,7 +19,7 @@ from gateway.routing import LeastLoaded
 from gateway.service import InferenceService
 from gateway.session import RecoveryConfig
 from gateway.tokenizer import TextModel
-from mesh.process import shutdown_requested, write_ready_file
+from mesh.process import stop_signals, write_ready_file
 from mesh.registry import WorkerDirectory, connect_redis, registered
 from mesh.server import ServerHealth
 from mesh.telemetry import exporting_spans
@@ -77,12 +77,13 @@ async def serve(
                 drain_grace_s=config.drain_grace_s,
                 health=health,
             ) as doors,
+            stop_signals() as stop_asked,
             registered(redis, lambda: _record(gateway_id, model_id, doors, pools)),
         ):
             following = tasks.create_task(_follow_pools(health, pools), name="health")
             _say_ready(config.ready_file, doors)
             try:
-                await shutdown_requested()
+                await stop_asked.wait()
             finally:
                 following.cancel()
             logger.info("draining")

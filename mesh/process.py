@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,31 @@ START_FAILED = 1
 """Exit status when a service cannot run as it was asked to."""
 
 
-async def shutdown_requested(
+@asynccontextmanager
+async def stop_signals(
     signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
-) -> None:
-    """Return on the first of `signals`; a second one gets the default action."""
-    requested = asyncio.Event()
+) -> AsyncIterator[asyncio.Event]:
+    """Yield an event that the first of `signals` sets; a second one gets the default action.
+
+    Enter before anything tells others that the service is up: who hears of it may stop it at once.
+    """
+    asked = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in signals:
-        loop.add_signal_handler(number, requested.set)
-    try:
-        await requested.wait()
-    finally:
+
+    def give_back() -> None:
         for number in signals:
             loop.remove_signal_handler(number)
+
+    def on_signal() -> None:
+        give_back()
+        asked.set()
+
+    for number in signals:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield asked
+    finally:
+        give_back()
 
 
 def run_service(main: Coroutine[Any, Any, None]) -> int:

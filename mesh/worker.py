@@ -19,7 +19,7 @@ from engine.runtime.commands import EngineStats
 from mesh.logs import LogFormat
 from mesh.metrics import EngineCollector, serving_metrics
 from mesh.own_address import reachable_host
-from mesh.process import shutdown_requested, write_ready_file
+from mesh.process import stop_signals, write_ready_file
 from mesh.registry import connect_redis, registered, role_name
 from mesh.server import ServerHealth, listening
 from protos.isthmus.v1.registry_pb2 import WorkerLoad, WorkerRecord, WorkerRole
@@ -119,8 +119,10 @@ async def serving_worker(
     drained: Callable[[], Awaitable[None]],
     stats: Callable[[], EngineStats],
     metrics: CollectorRegistry,
-) -> AsyncIterator[None]:
+) -> AsyncIterator[asyncio.Event]:
     """Be in the registry and answer inside the block; then leave in the reverse order.
+
+    Yields the event that a signal to stop sets.
 
     On exit the record goes first, so that nothing new comes. The server answers on until
     `drained` returns or `drain_grace_s` is over: a sequence that was promised KV still gets it.
@@ -159,6 +161,7 @@ async def serving_worker(
             return record
 
         stack.push_async_callback(_drain, drained, health, config.drain_grace_s)
+        stop_asked = await stack.enter_async_context(stop_signals())
         await stack.enter_async_context(registered(redis, current_record))
         await health.set_serving()
         write_ready_file(
@@ -167,7 +170,7 @@ async def serving_worker(
             {"grpc": f"{config.host}:{port}", "metrics": record.metrics_address},
         )
         logger.info("ready worker_id=%s address=%s", identity.worker_id, record.address)
-        yield
+        yield stop_asked
 
 
 async def _drain(
@@ -193,14 +196,14 @@ class MortalEngine(Protocol):
         """Why."""
 
 
-async def until_stopped(engine: MortalEngine) -> None:
+async def until_stopped(engine: MortalEngine, stop_asked: asyncio.Event) -> None:
     """Return when asked to stop.
 
     Raises:
         EngineDeadError: the engine died first; the process must be replaced.
     """
     waiting = {
-        asyncio.ensure_future(shutdown_requested()),
+        asyncio.ensure_future(stop_asked.wait()),
         asyncio.ensure_future(engine.dead.wait()),
     }
     try:

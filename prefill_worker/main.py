@@ -115,5 +115,5 @@ async def serve(
                 drained=prefiller.drained,
                 stats=lambda: thread.stats,
                 metrics=metrics,
-            ):
-                await until_stopped(thread)
+            ) as stop_asked:
+                await until_stopped(thread, stop_asked)

@@ -11,21 +11,18 @@ from pathlib import Path
 import pytest
 
 from engine.errors import CheckpointError
-from mesh.process import START_FAILED, report_failure, shutdown_requested, write_ready_file
+from mesh.process import START_FAILED, report_failure, stop_signals, write_ready_file
 
 SERVICE = """
 import asyncio, sys
-from mesh.process import run_service, shutdown_requested
+from mesh.process import run_service, stop_signals
 
 async def serve():
-    try:
-        asked = asyncio.ensure_future(shutdown_requested())
-        await asyncio.sleep(0)  # its handlers are set
+    async with stop_signals() as stop_asked:
         print("up", flush=True)
-        await asked
+        await stop_asked.wait()
         print("draining", flush=True)
-    finally:
-        print("left", flush=True)
+    print("left", flush=True)
 
 sys.exit(run_service(serve()))
 """
@@ -103,11 +100,18 @@ async def test_a_wrong_redis_url_is_one_line() -> None:
     assert line.startswith("error: cannot read the Redis URL 'http://user:***@localhost'")
 
 
-async def test_shutdown_requested_returns_on_a_signal_and_gives_the_handler_back() -> None:
-    waiting = asyncio.create_task(shutdown_requested([signal.SIGUSR1]))
-    await asyncio.sleep(0)
-    os.kill(os.getpid(), signal.SIGUSR1)
-    await asyncio.wait_for(waiting, timeout=10)
+async def test_the_first_signal_sets_the_event_and_gives_the_handlers_back() -> None:
+    async with asyncio.timeout(10), stop_signals([signal.SIGUSR1, signal.SIGUSR2]) as stop_asked:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await stop_asked.wait()
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
+
+
+async def test_without_a_signal_the_handlers_are_given_back_at_the_end() -> None:
+    async with stop_signals([signal.SIGUSR1]) as stop_asked:
+        assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL
+    assert not stop_asked.is_set()
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
