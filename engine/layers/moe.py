@@ -13,16 +13,18 @@ from engine.kernels.interface import Kernels
 from engine.layers.mlp import Mlp
 from engine.layers.router import Router
 from engine.parallel.axes import AxisGroup, ParallelAxes
-from engine.parallel.experts import ExpertDispatch, ReplicatedDispatch
+from engine.parallel.expert_placement import ExpertPlacement
+from engine.parallel.experts import ExpertExchange
 from engine.parallel.linear import ColumnParallelLinear
 
 
 class MoeMlp(nn.Module):
     """The weighted sum of the experts that a router chose, and of a shared one.
 
-    Experts are split over `axes.ep`, which lies within a tensor group, and the features of each
-    over `axes.expert_tp`. The collectives are those of the dispatch, then one all-reduce over the
-    tensor axis.
+    Experts are spread over `axes.ep`, and the features of each over `axes.expert_tp`, which lies
+    within a tensor group. The collectives are those of the exchange; with tokens here, also an
+    all-reduce over the sequence axis where its ranks hold the same tokens and share the experts,
+    and one over the tensor axis.
     """
 
     def __init__(
@@ -36,16 +38,15 @@ class MoeMlp(nn.Module):
     ) -> None:
         super().__init__()
         block = f"{layer}.{experts.block}"
-        self._tp = axes.tp
-        if axes.ep.size * axes.expert_tp.size != axes.tp.size:
-            raise ValueError(
-                f"ep={axes.ep.size} reaches beyond the {axes.tp.size} ranks of a tensor group, "
-                "whose tokens are the same: experts across dp or sp ranks are not supported; use "
-                "an ep that divides tp"
-            )
-        self._dispatch: ExpertDispatch = ReplicatedDispatch(experts.num_experts, axes.ep)
+        self._tp, self._sp = axes.tp, axes.sp
+        self._num_chosen = experts.num_chosen
+        self._num_copies = axes.tp.size // axes.expert_tp.size
+        """Ranks of the expert axis in one tensor group."""
+        self._has_shared_sp = axes.sp.size > 1 and axes.ep.size > self._num_copies
+        """Experts are spread over the ranks of the sequence axis, too."""
+        placement = ExpertPlacement.even(experts.num_experts, axes.ep.size)
+        self._exchange = ExpertExchange(placement, axes.ep)
         self.router = Router(config, experts, block=block, kernels=kernels)
-        first = self._dispatch.first
         *gate_up_names, down_name = experts.names
         self.experts = nn.ModuleList(
             Mlp(
@@ -59,25 +60,47 @@ class MoeMlp(nn.Module):
                 kernels=kernels,
                 is_reduced=False,
             )
-            for index in range(first, first + self._dispatch.num_local)
+            for index in placement.experts_of[axes.ep.rank]
         )
         self.shared: SharedExpert | None = None
         if experts.shared_size:
             self.shared = SharedExpert(config, experts, block=block, axis=axes.tp, kernels=kernels)
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, *, is_split: bool) -> torch.Tensor:
+        """Compute at least one token; `is_split` says that sequence ranks hold different ones."""
+        is_alike = self._has_shared_sp and not is_split
         expert_TK, weight_TK = self.router(x_TD)
-        x_RD, counts, handle = self._dispatch.dispatch(x_TD, expert_TK, weight_TK)
+        num_copies = self._num_copies * (self._sp.size if is_alike else 1)
+        y_TD = self._through_experts(x_TD, expert_TK, weight_TK, num_copies)
+        if is_alike:
+            y_TD = self._sp.all_reduce(y_TD)
+        if self.shared is not None:
+            y_TD += self.shared(x_TD)
+        return self._tp.all_reduce(y_TD)
+
+    def serve(self, like_TD: torch.Tensor) -> None:
+        """Compute other ranks' tokens while there is none here; `like_TD` has the right type."""
+        x_TD = like_TD.new_empty(0, like_TD.shape[1])
+        expert_TK = torch.empty(0, self._num_chosen, dtype=torch.int64, device=x_TD.device)
+        self._through_experts(x_TD, expert_TK, expert_TK.float(), self._num_copies)
+
+    def _through_experts(
+        self,
+        x_TD: torch.Tensor,
+        expert_TK: torch.Tensor,
+        weight_TK: torch.Tensor,
+        num_copies: int,
+    ) -> torch.Tensor:
+        x_RD, counts, handle = self._exchange.dispatch(
+            x_TD, expert_TK, weight_TK, num_copies=num_copies
+        )
         parts = [
             expert(part_RD)
             for expert, part_RD in zip(self.experts, x_RD.split(counts), strict=True)
             if len(part_RD)
         ]
         y_RD = torch.cat(parts) if parts else x_RD
-        y_TD = self._dispatch.combine(y_RD, handle)
-        if self.shared is not None:
-            y_TD += self.shared(x_TD)
-        return self._tp.all_reduce(y_TD)
+        return self._exchange.combine(y_RD, handle)
 
 
 class SharedExpert(nn.Module):

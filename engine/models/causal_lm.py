@@ -12,6 +12,7 @@ from torch import nn
 from engine.checkpoint.config import ModelConfig
 from engine.kernels.interface import HeadShape, Kernels
 from engine.kv_cache.batch import StepBatch
+from engine.layers.moe import MoeMlp
 from engine.layers.norm import RmsNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.models.decoder_layer import DecoderLayer
@@ -117,6 +118,17 @@ class CausalLM(nn.Module):
         if self.norm is None:
             return residual_TD.add_(added_TD)
         return self.norm.add(added_TD, residual_TD)
+
+    @torch.inference_mode()
+    def serve(self, device: torch.device) -> None:
+        """Take part in the experts' exchange of a forward pass of ranks that have tokens.
+
+        Every rank of a data shard without tokens calls it in place of `forward`.
+        """
+        nothing_TD = torch.empty((0, self.config.hidden_size), dtype=self.dtype, device=device)
+        for layer in self._sequence:
+            if isinstance(layer.mlp, MoeMlp):
+                layer.mlp.serve(nothing_TD)
 
     @torch.inference_mode()
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,11 @@ class DecoderLayer(nn.Module):
         attended_TD = self.attention(x_TD, cos_TA, sin_TA, kv_PJGCA, batch)
         attended_TD = self._leave(self.norm_after_attention, attended_TD)
         x_TD = add_and_norm(self.norm_before_mlp, attended_TD, residual_TD)
-        return self._leave(self.norm_after_mlp, self.mlp(x_TD))
+        if isinstance(self.mlp, MoeMlp):
+            y_TD = self.mlp(x_TD, is_split=batch.split is not None)
+        else:
+            y_TD = self.mlp(x_TD)
+        return self._leave(self.norm_after_mlp, y_TD)
 
     def _leave(self, norm: RmsNorm | None, y_TD: torch.Tensor) -> torch.Tensor:
         if norm is not None:

@@ -62,7 +62,7 @@ class ParallelLayout:
                 f"{self} has {self.num_ranks} ranks, more than {MAX_RANKS}: lower one of its axes"
             )
         if self.ep > 1 and (self.ep % self._num_token_groups or self._num_stage_ranks % self.ep):
-            allowed = [str(size) for size in self._possible_ep()]
+            allowed = [str(size) for size in self.possible_ep]
             raise ValueError(
                 f"ep={self.ep} does not fit {self}: the experts lie over the dp * sp * tp = "
                 f"{self._num_stage_ranks} ranks of a stage, so ep must be 1, or a multiple of "
@@ -176,7 +176,9 @@ class ParallelLayout:
         """Ranks of a stage by tp group: each has tokens of its own."""
         return self.dp * self.sp
 
-    def _possible_ep(self) -> list[int]:
+    @property
+    def possible_ep(self) -> list[int]:
+        """Values of ep that the other axes allow, ascending."""
         groups = self._num_token_groups
         inside = [groups * size for size in range(1, self.tp + 1) if self.tp % size == 0]
         return sorted({1, *inside})

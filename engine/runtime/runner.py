@@ -90,6 +90,10 @@ class ModelRunner:
             hidden_TD = hidden_TD[_to_device(np.array(rows, dtype=np.int64), self._device)]
         return self.model.logits(hidden_TD)
 
+    def serve(self) -> None:
+        """Take part in a `run` of other ranks while this one's data shard has no tokens."""
+        self.model.serve(self._device)
+
     def _received(self, num_tokens: int) -> torch.Tensor | None:
         """The residual from the stage before."""
         if self.model.is_first_stage:

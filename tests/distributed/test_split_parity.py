@@ -111,13 +111,16 @@ LAYOUTS = {
     "gemma3": ("sp=3", "tp=3", "pp=4", "tp=2,pp=2"),
     "phi3": ("tp=2", "tp=4", "pp=2", "tp=3,pp=2"),
     "olmo2": ("tp=2", "tp=3", "tp=4", "pp=2", "tp=3,pp=2"),
-    "mixtral": ("sp=2", "tp=2", "tp=3", "pp=3", "tp=3,pp=2", "tp=2,ep=2", "tp=4,ep=2", "tp=4,ep=4",
-                "tp=2,pp=2,ep=2"),
-    "qwen2-moe": ("tp=2", "tp=3", "tp=2,ep=2", "tp=4,ep=2"),
-    "qwen3-moe": ("tp=2", "tp=4,ep=4", "tp=2,pp=3,ep=2"),
-    "gpt-oss": ("tp=2", "tp=3", "tp=4,ep=2", "tp=2,pp=2,ep=2"),
-    "deepseek-v3": ("tp=2", "tp=2,ep=2", "tp=4,ep=2", "tp=3,pp=3"),
-    "deepseek-v2": ("sp=2", "tp=2,sp=2", "tp=2", "tp=3", "tp=4", "pp=3", "tp=3,pp=2"),
+    "mixtral": (
+        "sp=2", "tp=2", "tp=3", "pp=3", "tp=3,pp=2", "tp=2,ep=2", "tp=4,ep=2", "tp=4,ep=4",
+        "tp=2,pp=2,ep=2", "tp=3,ep=3", "sp=2,ep=2", "sp=3,ep=3", "tp=2,sp=2,ep=2", "tp=2,sp=2,ep=4",
+        "tp=2,sp=2,pp=2,ep=4",
+    ),
+    "qwen2-moe": ("tp=2", "tp=3", "tp=2,ep=2", "tp=4,ep=2", "sp=2,ep=2", "tp=2,sp=2,ep=4"),
+    "qwen3-moe": ("tp=2", "tp=4,ep=4", "tp=2,pp=3,ep=2", "sp=4,ep=4"),
+    "gpt-oss": ("tp=2", "tp=3", "tp=4,ep=2", "tp=2,pp=2,ep=2", "tp=2,sp=2,ep=2"),
+    "deepseek-v3": ("tp=2", "tp=2,ep=2", "tp=4,ep=2", "tp=3,pp=3", "tp=3,ep=3", "tp=2,sp=2,ep=4"),
+    "deepseek-v2": ("sp=2,ep=2", "sp=2", "tp=2,sp=2", "tp=2", "tp=3", "tp=4", "pp=3", "tp=3,pp=2"),
     "granite": ("tp=2", "pp=3", "tp=3,pp=2"),
 }  # fmt: skip
 
