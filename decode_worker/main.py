@@ -17,12 +17,14 @@ from engine.checkpoint.model_id import model_id_of
 from engine.runtime.build import build_engine, build_follower
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine_thread import EngineThread
-from engine.runtime.follower import follow
-from engine.runtime.membership import join_worker
+from engine.runtime.membership import join_worker, pool_addresses
+from kv_transfer.local_receiving_rank import LocalReceivingRank
+from kv_transfer.rank.worker import kv_layout_of, other_ranks, serve_follower
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.servicer import KvTransferServicer
 from mesh.metrics import RankCollector
+from mesh.own_address import reachable_host
 from mesh.telemetry import exporting_spans
 from mesh.worker import WorkerConfig, WorkerIdentity, serving_worker, until_stopped
 from protos.isthmus.v1 import decode_pb2_grpc, kv_transfer_pb2_grpc
@@ -59,11 +61,14 @@ async def serve(
     )
     if membership is not None and membership.rank > 0:
         build = partial(build_follower, membership=membership, cores=cores)
-        await follow(await asyncio.to_thread(build, model_path, engine_config))
+        follower = await asyncio.to_thread(build, model_path, engine_config)
+        reachable = reachable_host(worker.host, worker.redis_url)
+        await serve_follower(follower, transfer, host=worker.host, reachable_host=reachable)
         return
     engine = await asyncio.to_thread(
         build_engine, model_path, engine_config, cores=cores, membership=membership
     )
+    addresses = await asyncio.to_thread(pool_addresses, membership)
     digest = await asyncio.to_thread(model_digest, model_path)
     identity = WorkerIdentity.new(
         WORKER_ROLE_DECODE,
@@ -80,9 +85,14 @@ async def serve(
     ):
         async with (
             EngineThread(engine) as thread,
+            other_ranks(addresses, transfer, worker_id=identity.worker_id) as others,
             KvReceiver(
                 thread,
-                ReceivingGroup.single(engine.runner.pool, transfer),
+                ReceivingGroup(
+                    kv_layout_of(engine),
+                    engine.limits.num_blocks,
+                    (LocalReceivingRank(engine.kv_pool, transfer), *others),
+                ),
                 receiver_id=identity.worker_id,
                 model_digest=digest,
                 config=transfer,
@@ -94,12 +104,9 @@ async def serve(
 
             def add_servicers(server: aio.Server) -> None:
                 decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
-                if (
-                    membership is None
-                ):  # TODO(#3): blocks of the other ranks' pools are not lent yet
-                    kv_transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(
-                        KvTransferServicer(receiver), server
-                    )
+                kv_transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(
+                    KvTransferServicer(receiver), server
+                )
 
             async with serving_worker(
                 worker,

@@ -15,13 +15,15 @@ from engine.checkpoint.model_id import model_id_of
 from engine.runtime.build import build_engine, build_follower
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine_thread import EngineThread
-from engine.runtime.follower import follow
-from engine.runtime.membership import join_worker
+from engine.runtime.membership import join_worker, pool_addresses
 from engine.scheduling.block_hash import block_hashes
+from kv_transfer.local_sending_rank import LocalSendingRank
+from kv_transfer.rank.worker import kv_layout_of, other_ranks, serve_follower
 from kv_transfer.sender import KvSender
 from kv_transfer.sending_group import SendingGroup
 from mesh.channel import open_channel
 from mesh.metrics import RankCollector
+from mesh.own_address import reachable_host
 from mesh.telemetry import exporting_spans
 from mesh.worker import WorkerConfig, WorkerIdentity, serving_worker, until_stopped
 from prefill_worker.metrics import HandoverSeconds, SenderCollector
@@ -56,21 +58,19 @@ async def serve(
         slot=worker.core_share_slot,
         max_threads=engine_config.num_threads,
     )
-    if engine_config.parallel.num_ranks > 1:  # TODO(#3): other ranks' pools are not sent yet
-        raise ValueError(
-            f"a prefill worker of {engine_config.parallel} cannot hand over the KV of all of its "
-            "ranks; give it tp=1"
-        )
     membership = await asyncio.to_thread(
         join_worker, model_path, engine_config, settings["collectives"], environment
     )
     if membership is not None and membership.rank > 0:
         build = partial(build_follower, membership=membership, cores=cores)
-        await follow(await asyncio.to_thread(build, model_path, engine_config))
+        follower = await asyncio.to_thread(build, model_path, engine_config)
+        reachable = reachable_host(worker.host, worker.redis_url)
+        await serve_follower(follower, transfer, host=worker.host, reachable_host=reachable)
         return
     engine = await asyncio.to_thread(
         build_engine, model_path, engine_config, cores=cores, membership=membership
     )
+    addresses = await asyncio.to_thread(pool_addresses, membership)
     digest = await asyncio.to_thread(model_digest, model_path)
     identity = WorkerIdentity.new(
         WORKER_ROLE_PREFILL,
@@ -92,8 +92,11 @@ async def serve(
     ):
         async with (
             EngineThread(engine) as thread,
+            other_ranks(addresses, transfer, worker_id=identity.worker_id) as others,
             KvSender(
-                SendingGroup.single(engine.runner.pool, transfer),
+                SendingGroup(
+                    kv_layout_of(engine), (LocalSendingRank(engine.kv_pool, transfer), *others)
+                ),
                 sender_id=identity.worker_id,
                 model_digest=digest,
                 open_channel=open_channel,

@@ -10,7 +10,7 @@ from engine.kv_cache.pool import KvPool
 from engine.runtime.allocator import keep_freed_memory
 from engine.runtime.core_share import CoreShare
 from engine.runtime.leader import Leader
-from engine.runtime.rank_message import Step, Stop, check_plan
+from engine.runtime.rank_message import Serving, Step, Stop, check_plan
 from engine.runtime.rank_runner import RankRunner
 from engine.scheduling.limits import EngineLimits
 
@@ -47,6 +47,14 @@ class Follower:
     @property
     def pool(self) -> KvPool:
         return self._local.runner.pool
+
+    def say_serving(self, address: str) -> None:
+        """Tell rank 0 where other processes reach this rank's pool; before `run`.
+
+        Raises:
+            RankDeadError: rank 0 is gone.
+        """
+        self._leader.send(Serving(address))
 
     def run(self) -> None:
         """Compute plans until rank 0 says that it is over.
@@ -90,7 +98,7 @@ class Follower:
 
 
 async def follow(follower: Follower) -> None:
-    """Run `follower` on a thread of its own until rank 0 ends it, then close it.
+    """Run `follower` on a thread of its own until rank 0 ends it.
 
     SIGTERM and Ctrl-C are rank 0's business: it drains, and the other ranks with it.
 
@@ -119,7 +127,4 @@ async def follow(follower: Follower) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, logger.info, "rank %d ends with rank 0", follower.rank)
     threading.Thread(target=run, name="engine", daemon=True).start()
-    try:
-        await ended
-    finally:
-        follower.close()
+    await ended

@@ -82,3 +82,14 @@ def connect_ranks(group: RankGroup, config: CollectivesConfig, *, host: str) -> 
     leader = Leader(connection)
     leader.call_when_gone(lambda: group.abort("rank 0 is gone"))
     return Membership(group, config, leader=leader)
+
+
+def pool_addresses(membership: Membership | None) -> list[str]:
+    """Rank 0, after `build_engine`: where the other ranks' pools are served, in rank order.
+
+    Raises:
+        RankGroupError: a rank died, or does not serve in time.
+    """
+    if membership is None or membership.followers is None:
+        return []
+    return membership.followers.addresses(timeout_s=membership.config.join_timeout_s)

@@ -21,6 +21,9 @@ LAYOUTS = [
     pytest.param(("--prefill", "0", "--decode-parallel", "tp=2"), id="decode-tp2"),
     pytest.param(("--prefill", "0", "--decode-parallel", "tp=3"), id="decode-tp3"),
     pytest.param(("--prefill", "0", "--decode-parallel", "pp=2"), id="decode-pp2"),
+    pytest.param(
+        ("--prefill-parallel", "tp=2", "--decode-parallel", "tp=3"), id="prefill-tp2-decode-tp3"
+    ),
 ]
 
 
@@ -62,6 +65,9 @@ async def test_a_mesh_of_rank_groups_gives_the_tokens_of_one_rank(
                 assert await complete(stub, prompt) == expected, f"{len(prompt)} tokens"
         ranks = mesh.processes("decode")[0]["rank_pids"]
         assert len(ranks) == int(flags[-1][-1])
+        if "--prefill-parallel" in flags:
+            assert mesh.metric("decode", "isthmus_engine_prefill_tokens_total") == 0
+            assert mesh.metric("decode", "isthmus_handover_received_tokens_total") == sum(LENGTHS)
         assert mesh.metric("decode", "isthmus_rank_steps_total", rank="1") > 0
         assert mesh.metric("decode", "isthmus_rank_communication_seconds_total", rank="0") > 0
         share = mesh.metric("decode", "isthmus_pipeline_bubble_share")
