@@ -64,6 +64,7 @@ class Follower:
             EngineDeadError: another rank is, or a plan is wrong.
         """
         keep_freed_memory()
+        self._leader.start_beating(lambda: self._local.times)
         try:
             while isinstance(message := self._next(), Step):
                 self._compute(message)

@@ -20,6 +20,7 @@ from engine.runtime.rank_message import (
     Refused,
     Serving,
     Stop,
+    beat_interval_s,
     decode_from_follower,
     encode,
 )
@@ -49,8 +50,10 @@ class _Watch:
 class Followers:
     """Connections from rank 0 to every other rank. `agree` first, then `start_watching`."""
 
-    def __init__(self, sockets: Mapping[int, RankSocket]) -> None:
+    def __init__(self, sockets: Mapping[int, RankSocket], *, timeout_s: float) -> None:
+        """Take over the sockets; a rank that is silent for `timeout_s` is taken for stopped."""
         self._sockets = dict(sockets)
+        self._timeout_s = timeout_s
         self._times = {rank: RankTimes(rank=rank) for rank in sockets}
         self._watch = _Watch()
         self._wake_read, self._wake_write = os.pipe()
@@ -119,7 +122,10 @@ class Followers:
         return self._watch.failure or error
 
     def start_watching(self, on_failure: OnFailure) -> None:
-        """From now on hear of a rank's end at once, on a thread of its own, at most one time."""
+        """From now on hear of a rank's end on a thread of its own, at most one time.
+
+        A process that is gone shows at once; one that is stopped, after the time-out.
+        """
         self._watch.on_failure = on_failure
         self._thread.start()
 
@@ -172,14 +178,33 @@ class Followers:
         poll = select.poll()
         for descriptor in (self._wake_read, *sockets):
             poll.register(descriptor, select.POLLIN)
+        beat_s = beat_interval_s(self._timeout_s)
+        # Counted in beats of this thread: should this process be stopped for a while, none passes.
+        num_beats_silent = dict.fromkeys(self._sockets, 0)
+        next_beat_s = time.monotonic() + beat_s
         while True:
-            for descriptor, _ in poll.poll():
+            failure: RankGroupError | None = None
+            for descriptor, _ in poll.poll(max(0.0, next_beat_s - time.monotonic()) * 1000):
                 if descriptor == self._wake_read:
                     return
-                failure = self._heard(sockets[descriptor])
-                if failure is not None:
-                    self._fail(failure)
-                    return
+                each = sockets[descriptor]
+                num_beats_silent[each.peer] = 0
+                failure = failure or self._heard(each)
+            if time.monotonic() >= next_beat_s:
+                next_beat_s = time.monotonic() + beat_s
+                num_beats_silent = {rank: num + 1 for rank, num in num_beats_silent.items()}
+                failure = failure or self._silence(num_beats_silent, beat_s)
+            if failure is not None:
+                self._fail(failure)
+                return
+
+    def _silence(self, num_beats: Mapping[int, int], beat_s: float) -> RankGroupError | None:
+        """A rank that has not been heard for the whole time-out, if there is one."""
+        for rank, num in num_beats.items():
+            if num * beat_s > self._timeout_s:
+                text = f"rank {rank} has been silent for {self._timeout_s:g} s: it is stopped"
+                return CollectiveTimeoutError(text, rank=rank, operation="heartbeat")
+        return None
 
     def _heard(self, each: RankSocket) -> RankGroupError | None:
         try:

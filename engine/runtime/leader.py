@@ -20,8 +20,11 @@ from engine.runtime.rank_socket import RankSocket
 class Leader:
     """The connection from one rank to rank 0."""
 
-    def __init__(self, connection: RankSocket) -> None:
+    def __init__(self, connection: RankSocket, *, beat_s: float) -> None:
+        """Take over the connection; `beat_s` is from one sign of life to the next."""
         self._connection = connection
+        self._beat_s = beat_s
+        self._is_closing = threading.Event()
 
     def agree(self, facts: Facts) -> int:
         """Say what is loaded here; returns the blocks that the pool shall have.
@@ -58,6 +61,18 @@ class Leader:
     def send(self, message: FollowerMessage) -> None:
         self._connection.send(message)
 
+    def start_beating(self, message: Callable[[], FollowerMessage]) -> None:
+        """Send `message()` regularly from now on: rank 0 takes a silent rank for stopped."""
+
+        def beat() -> None:
+            while not self._is_closing.wait(self._beat_s):
+                try:
+                    self._connection.send(message())
+                except RankGroupError:
+                    return
+
+        threading.Thread(target=beat, name="rank-beat", daemon=True).start()
+
     def tell_failure(self, error: BaseException) -> None:
         """Say why this rank ends, if rank 0 is there to hear it."""
         try:
@@ -77,4 +92,5 @@ class Leader:
         threading.Thread(target=wait, name="leader", daemon=True).start()
 
     def close(self) -> None:
+        self._is_closing.set()
         self._connection.close()

@@ -13,6 +13,7 @@ from engine.parallel.fit import check_layout_fits
 from engine.parallel.rank_group import RankGroup, join_group
 from engine.runtime.followers import Followers
 from engine.runtime.leader import Leader
+from engine.runtime.rank_message import beat_interval_s
 from engine.runtime.rank_socket import accept_followers, connect_to_leader
 
 
@@ -75,11 +76,11 @@ def connect_ranks(group: RankGroup, config: CollectivesConfig, *, host: str) -> 
         sockets = accept_followers(
             world, host, timeout_s=config.join_timeout_s, send_timeout_s=send_timeout_s
         )
-        return Membership(group, config, followers=Followers(sockets))
+        return Membership(group, config, followers=Followers(sockets, timeout_s=send_timeout_s))
     connection = connect_to_leader(
         world, timeout_s=config.join_timeout_s, send_timeout_s=send_timeout_s
     )
-    leader = Leader(connection)
+    leader = Leader(connection, beat_s=beat_interval_s(send_timeout_s))
     leader.call_when_gone(lambda: group.abort("rank 0 is gone"))
     return Membership(group, config, leader=leader)
 

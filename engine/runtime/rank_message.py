@@ -12,6 +12,8 @@ from engine.scheduling.limits import EngineLimits
 from engine.scheduling.step_plan import StepPlan
 
 LENGTH_BYTES = 4
+_LONGEST_BEAT_S = 1.0
+_BEATS_PER_TIMEOUT = 4
 MAX_START_BYTES = 64 << 10
 """Of a message before the ranks have agreed."""
 _MAX_TEXT_CHARS = 2000
@@ -129,6 +131,11 @@ def decode_from_leader(data: bytes | bytearray) -> LeaderMessage:
         ValueError: it is not such a message.
     """
     return _leader_decoder.decode(data)
+
+
+def beat_interval_s(timeout_s: float) -> float:
+    """How often a follower says its times, where `timeout_s` of silence mean that it is stopped."""
+    return min(_LONGEST_BEAT_S, timeout_s / _BEATS_PER_TIMEOUT)
 
 
 def failure_of(error: BaseException) -> Failed:

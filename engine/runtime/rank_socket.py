@@ -11,6 +11,7 @@ import secrets
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Mapping
 
@@ -32,7 +33,7 @@ _HELLO_TIMEOUT_S = 5.0
 
 
 class RankSocket:
-    """Frames to and from one other rank. Reading and writing may be on two threads."""
+    """Frames to and from one other rank. Any thread may write, and one read."""
 
     def __init__(self, connection: socket.socket, peer: int, *, send_timeout_s: float) -> None:
         """Take over a connected socket.
@@ -47,6 +48,7 @@ class RankSocket:
         """Of one frame that comes in; raised once both sides know their limits."""
         self._connection = connection
         self._send_timeout_s = send_timeout_s
+        self._sending = threading.Lock()
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(send_timeout_s))
@@ -68,7 +70,8 @@ class RankSocket:
     def send_frame(self, frame: bytes | bytearray) -> None:
         """`send` for a message that is encoded already."""
         try:
-            self._connection.sendall(frame)
+            with self._sending:
+                self._connection.sendall(frame)
         except BlockingIOError:
             text = f"rank {self.peer} took no step plan for {self._send_timeout_s:g} s"
             raise CollectiveTimeoutError(text, rank=self.peer, operation="step plan") from None

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -22,8 +22,10 @@ from protos.isthmus.v1 import kv_rank_pb2_grpc as pb_grpc
 
 logger = logging.getLogger(__name__)
 
-Req = TypeVar("Req")
 Res = TypeVar("Res")
+
+RECONNECT_S = 1.0
+"""A rank that takes no connection for this long is dead."""
 
 
 class RemoteRank:
@@ -43,9 +45,10 @@ class RemoteRank:
             address: of its `serving_rank`, for texts.
             channel: to that address; closed here.
             worker_id: whose rank it is, for texts.
-            timeout_s: for each call but writes, which last as long as their lease.
+            timeout_s: for each call; writes have it beyond their lease.
         """
         self.rank = rank
+        self.address = address
         self.name = f"rank {rank} of {worker_id} ({address})"
         self._channel = channel
         self._stub = pb_grpc.KvRankServiceStub(channel)
@@ -54,6 +57,10 @@ class RemoteRank:
         self._calls: set[aio.UnaryUnaryCall[Any, Any]] = set()
 
     async def __aenter__(self) -> Self:
+        """Raises RankDeadError when the rank cannot be reached."""
+        if not await self._is_connected(self._timeout_s):
+            await self._channel.close()
+            raise self._dead("cannot be reached")
         return self
 
     async def __aexit__(
@@ -71,90 +78,131 @@ class RemoteRank:
 
     async def start(self, epoch: int) -> RankOffer:
         request = pb.StartReceivingRequest(epoch=epoch)
-        return convert.rank_offer_from(await self._call(self._stub.StartReceiving, request))
+        timeout_s = self._timeout_s
+        response = await self._call(lambda: self._stub.StartReceiving(request, timeout=timeout_s))
+        return convert.rank_offer_from(response)
 
     async def open(self, window: WriteWindow) -> None:
-        await self._call(self._stub.OpenWindow, rank_convert.window_to_pb(window))
+        request = rank_convert.window_to_pb(window)
+        await self._call(lambda: self._stub.OpenWindow(request, timeout=self._timeout_s))
 
     async def fence(self, lease_id: int) -> None:
         request = pb.FenceRequest(lease_id=lease_id)
         while True:
             try:
-                return await self.answer(self._stub.Fence(request, timeout=self._timeout_s))
+                await self._reach(lambda: self._stub.Fence(request, timeout=self._timeout_s))
             except DeadlineError:
                 logger.warning("%s has not fenced lease %d yet", self.name, lease_id)
+            else:
+                return
 
     async def forget(self, lease_ids: Sequence[int]) -> None:
-        await self._call(self._stub.Forget, pb.ForgetRequest(lease_ids=lease_ids))
+        request = pb.ForgetRequest(lease_ids=lease_ids)
+        await self._call(lambda: self._stub.Forget(request, timeout=self._timeout_s))
 
     async def stop(self) -> None:
         """Nothing: the rank closes its pool when its process ends."""
 
     async def open_link(self, targets: Sequence[Target]) -> RankLink:
         request = pb.OpenLinkRequest(targets=map(rank_convert.target_to_pb, targets))
-        return RemoteLink(self, await self._call(self._stub.OpenLink, request))
+        timeout_s = self._timeout_s
+        response = await self._call(lambda: self._stub.OpenLink(request, timeout=timeout_s))
+        return RemoteLink(self, response)
 
     async def write(self, link_id: int, permit: WritePermit, parts: Sequence[SlotRange]) -> int:
-        """As `RankLink.write`; what happens to the permit meanwhile is passed on."""
+        """As `RankLink.write`; what happens to the permit meanwhile is passed on.
+
+        A rank that is still silent when the permit has been over for as long as a call may take is
+        dead: what it may yet write, the receiver's fence keeps out.
+        """
         permit.check()
-        write_id = next(self._write_ids)
-        request = pb.WriteRequest(
-            link_id=link_id,
-            write_id=write_id,
-            lease_id=permit.lease_id,
-            epoch=permit.epoch,
-            lease_left_ns=_left_ns(permit),
-            slots=rank_convert.slots_to_pb(parts),
-        )
+        write_id = 0
+        loop = asyncio.get_running_loop()
+
+        def last_answer_s() -> float:
+            return loop.time() + _left_ns(permit) / 1e9 + self._timeout_s
+
+        def make() -> "aio.UnaryUnaryCall[pb.WriteRequest, pb.WriteResponse]":
+            nonlocal write_id
+            write_id = next(self._write_ids)
+            request = pb.WriteRequest(
+                link_id=link_id,
+                write_id=write_id,
+                lease_id=permit.lease_id,
+                epoch=permit.epoch,
+                lease_left_ns=_left_ns(permit),
+                slots=rank_convert.slots_to_pb(parts),
+            )
+            call: aio.UnaryUnaryCall[pb.WriteRequest, pb.WriteResponse] = self._stub.Write(request)
+            return call
 
         def adjust() -> None:
             request = pb.AdjustWriteRequest(write_id=write_id, lease_left_ns=_left_ns(permit))
-            self.post(self._stub.AdjustWrite(request, timeout=self._timeout_s))
+            self._post(self._stub.AdjustWrite(request, timeout=self._timeout_s))
+            if not waiting.expired():
+                waiting.reschedule(last_answer_s())
 
-        permit.on_change.add(adjust)
+        waiting = asyncio.timeout_at(last_answer_s())
         try:
-            response: pb.WriteResponse = await self.answer(self._stub.Write(request))
+            async with waiting:
+                permit.on_change.add(adjust)
+                return (await self._call(make)).num_bytes
+        except TimeoutError as error:
+            raise self._dead("does not answer: it neither wrote nor stopped") from error
         finally:
             permit.on_change.discard(adjust)
-        return response.num_bytes
 
     def close_link(self, link_id: int) -> None:
         request = pb.CloseLinkRequest(link_id=link_id)
-        self.post(self._stub.CloseLink(request, timeout=self._timeout_s))
+        self._post(self._stub.CloseLink(request, timeout=self._timeout_s))
 
-    def post(self, call: "aio.UnaryUnaryCall[Any, Any]") -> None:
+    def _post(self, call: "aio.UnaryUnaryCall[Any, Any]") -> None:
         """Nobody waits for this call; should it fail, so do those that somebody waits for."""
         self._calls.add(call)
         call.add_done_callback(lambda _: self._calls.discard(call))
 
-    async def answer(self, call: Awaitable[Res]) -> Res:
-        """Raises what the rank's servicer raised, or RankDeadError when there was no answer.
-
-        Raises:
-            DeadlineError: none came in the time that the call was given.
-        """
+    async def _call(self, make: Callable[[], "aio.UnaryUnaryCall[Any, Res]"]) -> Res:
+        """Raises what the rank's servicer raised, or RankDeadError when there is no answer."""
         try:
-            return await call
-        except aio.AioRpcError as error:
-            trailers = error.trailing_metadata() or ()
-            has_said_so = any(key == ERROR_TRAILER for key, _ in trailers)
-            if has_said_so or error.code() is StatusCode.DEADLINE_EXCEEDED:
-                raise error_from_rpc(error) from error
-            raise RankDeadError(
-                f"{self.name} is gone: {error.details()}", rank=self.rank, operation="kv handover"
-            ) from error
-
-    async def _call(
-        self, method: Callable[..., "aio.UnaryUnaryCall[Req, Res]"], request: Req
-    ) -> Res:
-        try:
-            return await self.answer(method(request, timeout=self._timeout_s))
+            return await self._reach(make)
         except DeadlineError as error:
-            raise RankDeadError(
-                f"{self.name} does not answer: no reply within {self._timeout_s} s",
-                rank=self.rank,
-                operation="kv handover",
-            ) from error
+            raise self._dead(f"does not answer: no reply within {self._timeout_s} s") from error
+
+    async def _reach(self, make: Callable[[], "aio.UnaryUnaryCall[Any, Res]"]) -> Res:
+        """As `_call`, but raises DeadlineError when the call's time was not enough."""
+        try:
+            return await make()
+        except aio.AioRpcError as error:
+            if _has_answered(error):
+                raise error_from_rpc(error) from error
+            reason = error.details()
+        # A connection may be cut, or not made in time on a busy host; a live rank takes the next.
+        if not await self._is_connected(RECONNECT_S):
+            raise self._dead(f"is gone: {reason}")
+        try:
+            return await make()
+        except aio.AioRpcError as error:
+            if _has_answered(error):
+                raise error_from_rpc(error) from error
+            raise self._dead(f"is gone: {error.details()}") from error
+
+    async def _is_connected(self, timeout_s: float) -> bool:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            return False
+        return True
+
+    def _dead(self, text: str) -> RankDeadError:
+        return RankDeadError(f"{self.name} {text}", rank=self.rank, operation="kv handover")
+
+
+def _has_answered(error: aio.AioRpcError) -> bool:
+    """The rank's servicer raised this, or had no time to."""
+    trailers = error.trailing_metadata() or ()
+    is_late = error.code() is StatusCode.DEADLINE_EXCEEDED
+    return is_late or any(key == ERROR_TRAILER for key, _ in trailers)
 
 
 class RemoteLink:

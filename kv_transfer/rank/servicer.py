@@ -129,6 +129,7 @@ class KvRankServicer(pb_grpc.KvRankServiceServicer):
         except WriteStoppedError as error:
             raise KvLeaseLostError(str(error)) from error
         finally:
+            permit.stop()  # should rank 0 be gone, the thread still writes
             del self._permits[request.write_id]
         return pb.WriteResponse(num_bytes=num_bytes)
 

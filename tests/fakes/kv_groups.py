@@ -70,7 +70,7 @@ async def kv_groups(
     `sending` and `receiving` may replace single ranks; `follower` makes all but rank 0 of each
     worker elsewhere, given worker id, rank and layout.
     """
-    config = replace(FAST, data_plane=DataPlane(plane))
+    config = replace(FAST, data_plane=DataPlane(plane), rpc_timeout_s=20.0, lease_s=20.0)
     engine = FakeEngine(num_blocks=NUM_BLOCKS, block_size_tokens=receiver_layout.block_size_tokens)
     async with AsyncExitStack() as stack:
 

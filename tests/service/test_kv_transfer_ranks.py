@@ -52,6 +52,8 @@ class Processes:
 
     def __init__(self, plane: str) -> None:
         self.of: dict[tuple[str, int], Process] = {}
+        self.timeout_s = 5.0
+        """Of a rank's calls."""
         self._plane = plane
 
     async def open(
@@ -68,7 +70,7 @@ class Processes:
         port, fd = (await asyncio.to_thread(process.stdout.readline)).split()
         address = f"127.0.0.1:{port}"
         remote = RemoteRank(
-            rank, address, open_channel(address), worker_id=worker_id, timeout_s=5.0
+            rank, address, open_channel(address), worker_id=worker_id, timeout_s=self.timeout_s
         )
         memory = HostMemory(NUM_BLOCKS, layout, path=f"/proc/{process.pid}/fd/{fd}")
         return memory, remote
@@ -178,6 +180,22 @@ async def test_a_rank_that_is_stopped_keeps_the_blocks_in_quarantine_until_it_go
         await groups.sender.close(handover)
 
 
+async def test_a_sending_rank_that_is_stopped_holds_up_the_end_no_longer_than_a_call(
+    processes: Processes,
+) -> None:
+    processes.timeout_s = 0.5
+    async with kv_groups(*layouts_of("gqa", "tp2", "1"), follower=processes.open) as groups:
+        total = groups.engine.stats.num_free_blocks
+        handover = await pushed(groups)
+        processes.of["prefill-0", 1].send_signal(signal.SIGSTOP)
+        push = asyncio.ensure_future(handover.push(BLOCKS, 9, 12))
+        await until(lambda: bool(handover._writes))
+        await groups.sender.close(handover)
+        with pytest.raises(RankDeadError, match=r"rank 1 of prefill-0 .* does not answer"):
+            await push
+        await until(lambda: groups.engine.stats.num_free_blocks == total)
+
+
 # The service alone, in this process.
 
 
@@ -200,6 +218,81 @@ async def a_rank() -> AsyncIterator[tuple[KvRankServicer, RemoteRank, Any]]:
         remote = RemoteRank(1, address, channel, worker_id="prefill-0", timeout_s=2.0)
         await stack.enter_async_context(remote)
         yield servicer, remote, pb_grpc.KvRankServiceStub(channel)
+
+
+class Cable:
+    """Carries the connections to a server, until they are cut."""
+
+    def __init__(self, to: tuple[str, int]) -> None:
+        self._to = to
+        self._writers: list[asyncio.StreamWriter] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def laid(self) -> AsyncIterator[str]:
+        """Yields the address of this end."""
+        server = await asyncio.start_server(self._carry, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        try:
+            yield f"{host}:{port}"
+        finally:
+            server.close()
+            self.cut()
+            await asyncio.gather(*self._tasks)
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(*self._to)
+        self._writers += [writer, far_writer]
+        for source, target in ((reader, far_writer), (far_reader, writer)):
+            self._tasks.add(asyncio.ensure_future(self._copy(source, target)))
+
+    @staticmethod
+    async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(1 << 16):
+                target.write(data)
+        except OSError:
+            pass
+        target.close()
+
+
+async def test_a_connection_that_is_cut_costs_nothing(deaf_receiver: Target) -> None:
+    async with a_rank() as (servicer, direct, _):
+        host, port = direct.address.split(":")
+        cable = Cable((host, int(port)))
+        async with (
+            cable.laid() as address,
+            RemoteRank(
+                1, address, open_channel(address), worker_id="prefill-0", timeout_s=2.0
+            ) as remote,
+        ):
+            assert await remote.start(7) == await direct.start(7)
+            cable.cut()
+            assert await remote.start(7) == await direct.start(7)
+            link = await remote.open_link([deaf_receiver])
+            permit, _ = a_permit()
+            writing = link.write(permit, PARTS)
+            await until(lambda: bool(servicer._permits))
+            first = set(servicer._permits)
+            cable.cut()
+            await until(lambda: bool(servicer._permits) and set(servicer._permits) != first)
+            permit.stop()
+            with pytest.raises(KvLeaseLostError, match="given up"):
+                await writing
+
+
+async def test_a_rank_that_cannot_be_reached_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    rank = RemoteRank(1, address, open_channel(address), worker_id="decode-0", timeout_s=0.2)
+    with pytest.raises(RankDeadError, match=rf"rank 1 of decode-0 \({address}\) cannot be reached"):
+        async with rank:
+            pass
 
 
 @pytest.fixture
