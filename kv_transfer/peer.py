@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from grpc import aio
 
-from engine.errors import IsthmusError, KvLeaseLostError
+from engine.errors import EngineDeadError, IsthmusError, KvLeaseLostError, PeerUnavailableError
 from kv_transfer import convert
 from kv_transfer.config import TransferConfig
 from kv_transfer.offer import PROTOCOL_VERSION, Offer, check_same
@@ -82,11 +82,11 @@ class Peer:
     async def call(
         self, method: Callable[..., "aio.UnaryUnaryCall[Req, Res]"], request: Req, timeout_s: float
     ) -> Res:
-        """Call the worker; raises what its servicer raised."""
+        """Call the worker; raises what its servicer raised, as `_error_of_peer` has it."""
         try:
             return await method(request, timeout=timeout_s)
         except aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+            raise _error_of_peer(error) from error
 
     async def reserve(self, request: pb.ReserveRequest, timeout_s: float) -> pb.ReserveResponse:
         """Take blocks; a grant that comes in the moment of a cancellation is given back."""
@@ -106,7 +106,7 @@ class Peer:
                     await self.release(request.epoch, granted.lease_id)
                 raise
         if isinstance(response, aio.AioRpcError):
-            raise error_from_rpc(response) from response
+            raise _error_of_peer(response) from response
         return response
 
     async def release(self, epoch: int, lease_id: int) -> None:
@@ -158,6 +158,12 @@ class Peer:
             names=(offer.receiver_id, greeting.sender_id),
         )
         return offer
+
+
+def _error_of_peer(error: aio.AioRpcError) -> IsthmusError:
+    """What the worker raised; that its engine or a rank of it is dead means that it is gone."""
+    known = error_from_rpc(error)
+    return PeerUnavailableError(str(known)) if isinstance(known, EngineDeadError) else known
 
 
 async def _answer(
