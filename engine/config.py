@@ -24,13 +24,14 @@ class EngineConfig:
     kv_memory_fraction: float | None = None
     """None: 0.9 of a CUDA device; of a CPU host's memory 0.05, but room for two contexts."""
     max_num_batched_tokens: int = 512
-    """Tokens of one step; a prompt longer than what decoding leaves of it takes several steps."""
+    """Tokens of one step, in each data shard; a prompt longer than what decoding leaves of it
+    takes several steps."""
     shared_step_tokens_per_thread: int = 128
     """CPU only: the same for each thread of a step while somebody waits for its end: sequences
     that decode in it, or the worker whose cores it borrows. 128 tokens are 50 ms of a core for a
     model of 135 M parameters."""
     max_num_sequences: int = 64
-    """Sequences in one step; more wait."""
+    """Sequences in one step, in each data shard; more wait."""
     has_prefix_cache: bool = True
     max_context_tokens: int | None = None
     """None: what the model was trained for; else a lower bound on prompt + answer."""

@@ -9,3 +9,5 @@ class KvShare:
 
     layers: tuple[int, ...]
     kv_heads: tuple[int, ...]
+    data_shard: int = 0
+    """Whose sequences: ranks of other data shards hold others."""

@@ -18,7 +18,7 @@ from engine.kv_cache.pool_plan import plan_kv_pool
 from engine.kv_cache.share import KvShare
 from engine.models.build import load_model, resolve_dtype
 from engine.models.causal_lm import CausalLM
-from engine.parallel.axes import ParallelAxes
+from engine.parallel.axes import AxisGroup, ParallelAxes
 from engine.parallel.rank_group import RankGroup
 from engine.parallel.traffic import Traffic
 from engine.runtime.core_share import CoreShare
@@ -33,6 +33,7 @@ from engine.runtime.rank_runner import RankRunner
 from engine.runtime.runner import ModelRunner, StepRunner
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sharded_scheduler import ShardedScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +94,13 @@ class _LoadedRank:
     device: torch.device
     max_context_tokens: int
     num_blocks: int
+    data: AxisGroup
+    """The ranks among which requests are split."""
 
     @property
     def kv_share(self) -> KvShare:
-        return KvShare(tuple(self.model.stage_layers), tuple(self.model.kv_heads))
+        model = self.model
+        return KvShare(tuple(model.stage_layers), tuple(model.kv_heads), self.data.rank)
 
     def limits(self, num_blocks: int) -> EngineLimits:
         return EngineLimits(
@@ -104,6 +108,7 @@ class _LoadedRank:
             max_context_tokens=self.max_context_tokens,
             num_blocks=num_blocks,
             block_size_tokens=self.layout.block_size_tokens,
+            num_data_shards=self.data.size,
         )
 
     def runner(self, num_blocks: int) -> ModelRunner:
@@ -168,7 +173,7 @@ def build_engine(
             micro_batch_overhead_tokens=config.micro_batch_overhead_tokens,
             num_micro_batches=config.num_micro_batches,
         )
-    scheduler = Scheduler(
+    scheduler = (Scheduler if limits.num_data_shards == 1 else ShardedScheduler)(
         limits,
         max_num_sequences=config.max_num_sequences,
         eos_token_ids=loaded.model.config.eos_token_ids,
@@ -259,7 +264,7 @@ def _load_rank(
         plan.num_bytes,
         plan.num_blocks * layout.block_size_tokens,
     )
-    return _LoadedRank(model, layout, device, max_context_tokens, plan.num_blocks)
+    return _LoadedRank(model, layout, device, max_context_tokens, plan.num_blocks, axes.dp)
 
 
 def _facts(model_path: Path, config: EngineConfig, loaded: _LoadedRank, group: RankGroup) -> Facts:

@@ -13,6 +13,7 @@ from engine.runtime.core_share import CoreGrant, CoreShare
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, SequenceState
+from engine.scheduling.sharded_scheduler import ShardedScheduler
 from engine.scheduling.step_plan import DrawnToken, StepPlan
 
 # Commands: loop -> engine thread. Each is answered by one Reply with its number.
@@ -130,7 +131,7 @@ class Engine(Generic[Executor]):
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        scheduler: Scheduler | ShardedScheduler,
         executor: Executor,
         cores: CoreShare,
         *,
@@ -143,7 +144,7 @@ class Engine(Generic[Executor]):
             scheduler: everything it decides is computed by `executor`.
             executor: closed with the engine.
             cores: closed with the engine.
-            max_num_batched_tokens: of one step.
+            max_num_batched_tokens: of one step, of each data shard.
             shared_step_tokens_per_thread: see `EngineConfig`; None sets no further bound.
         """
         self.limits = scheduler.limits
@@ -257,8 +258,8 @@ class Engine(Generic[Executor]):
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
             num_waiting_tokens=scheduler.num_waiting_tokens,
-            num_free_blocks=scheduler.block_pool.num_free,
-            num_blocks=scheduler.block_pool.num_blocks,
+            num_free_blocks=scheduler.num_free_blocks,
+            num_blocks=scheduler.num_blocks,
             num_prefill_tokens=scheduler.num_prefill_tokens,
             num_decode_tokens=scheduler.num_decode_tokens,
             num_steps=self._num_steps,

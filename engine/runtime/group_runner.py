@@ -11,6 +11,7 @@ from engine.parallel.layout import Axis
 from engine.runtime.followers import Followers
 from engine.runtime.rank_message import RankTimes, Step
 from engine.runtime.rank_runner import RankRunner
+from engine.scheduling.data_shard import plans_by_shard
 from engine.scheduling.micro_batch import best_num_micro_batches
 from engine.scheduling.step_plan import StepPlan
 
@@ -49,13 +50,20 @@ class GroupRunner:
         return self._local.runner.pool
 
     @property
+    def num_data_shards(self) -> int:
+        return self._local.num_data_shards
+
+    @property
     def times(self) -> list[RankTimes]:
         """Of every rank, the followers' as they last said; any thread may ask."""
         return [self._local.times, *self._followers.times]
 
     def run(self, plan: StepPlan, num_threads: int) -> torch.Tensor:
+        shards = plans_by_shard(plan, self.num_data_shards, self.pool.num_blocks)
         num = self._num_micro_batches or best_num_micro_batches(
-            plan.num_tokens, self._num_stages, overhead_tokens=self._overhead_tokens
+            max(shard.num_tokens for shard in shards),
+            self._num_stages,
+            overhead_tokens=self._overhead_tokens,
         )
         self._followers.send(Step(plan, num))
         try:

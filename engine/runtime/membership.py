@@ -57,11 +57,6 @@ def join_worker(
     place = RankEnvironment.read(environment)
     if place is not None:
         place.check_layout(layout)
-    if layout.sp * layout.dp > 1:
-        raise ValueError(
-            f"a worker is split by tp, pp and ep so far, and {layout} asks for sp or dp; start "
-            "several workers for more requests at a time"
-        )
     check_layout_fits(read_config(model_path), layout)
     group = join_group(layout, place, config=collectives, device=device)
     if place is None or layout.num_ranks == 1:

@@ -8,6 +8,7 @@ import msgspec
 
 from engine.errors import RankGroupError
 from engine.kv_cache.share import KvShare
+from engine.scheduling.data_shard import plans_by_shard
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.step_plan import StepPlan
 
@@ -151,7 +152,8 @@ def max_step_bytes(
     """No step of an engine with these bounds is longer: an integer takes at most 9 bytes."""
     blocks_per_sequence = limits.num_blocks_for(limits.max_context_tokens)
     per_sequence_bytes = 1024 + 9 * blocks_per_sequence
-    return 1024 + 9 * max_num_batched_tokens + max_num_sequences * per_sequence_bytes
+    per_shard_bytes = 9 * max_num_batched_tokens + max_num_sequences * per_sequence_bytes
+    return 1024 + limits.num_data_shards * per_shard_bytes
 
 
 def check_plan(plan: StepPlan, limits: EngineLimits, max_num_batched_tokens: int) -> None:
@@ -160,8 +162,6 @@ def check_plan(plan: StepPlan, limits: EngineLimits, max_num_batched_tokens: int
     Raises:
         ValueError: the text says which chunk.
     """
-    if not 0 < plan.num_tokens <= max_num_batched_tokens:
-        raise ValueError(f"a plan has {plan.num_tokens} tokens, not 1 to {max_num_batched_tokens}")
     for chunk in plan.chunks:
         end = chunk.first_position + len(chunk.token_ids)
         is_good = (
@@ -170,10 +170,16 @@ def check_plan(plan: StepPlan, limits: EngineLimits, max_num_batched_tokens: int
             and end <= limits.max_context_tokens
             and limits.num_blocks_for(end) <= len(chunk.block_ids)
             and min(chunk.block_ids) >= 0
-            and max(chunk.block_ids) < limits.num_blocks
+            and max(chunk.block_ids) < limits.num_worker_blocks
+            and min(chunk.block_ids) // limits.num_blocks
+            == max(chunk.block_ids) // limits.num_blocks
             and min(chunk.token_ids) >= 0
             and max(chunk.token_ids) < limits.vocab_size
             and 0 <= chunk.num_prompt_tokens <= limits.max_context_tokens
         )
         if not is_good:
             raise ValueError(f"the plan's chunk of request {chunk.request_id} is out of bounds")
+    shards = plans_by_shard(plan, limits.num_data_shards, limits.num_blocks)
+    most_tokens = max(shard.num_tokens for shard in shards)
+    if not 0 < most_tokens <= max_num_batched_tokens:
+        raise ValueError(f"a plan has {most_tokens} tokens, not 1 to {max_num_batched_tokens}")

@@ -4,16 +4,19 @@ Shape suffixes: B drawing chunks, V vocabulary.
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
 
-from engine.parallel.layout import Axis
 from engine.parallel.rank_group import RankGroup
 from engine.parallel.traffic import Traffic
 from engine.runtime.rank_message import RankTimes
 from engine.runtime.runner import ModelRunner
+from engine.scheduling.data_shard import plans_by_shard, with_pool_blocks
 from engine.scheduling.micro_batch import cut_into_micro_batches
 from engine.scheduling.step_plan import StepPlan
+
+_NOTHING = torch.empty((0, 0))
 
 
 class RankRunner:
@@ -27,50 +30,69 @@ class RankRunner:
         """A snapshot that any thread may read."""
         self._pipeline = pipeline
         layout = group.layout
-        self._num_stages = layout.size(Axis.PP)
-        self._last_stage_rank = (self._num_stages - 1) * layout.tp * layout.sp
-        """The first rank of the last stage: it has the logits."""
+        self.num_data_shards = layout.dp
+        self._num_stages = layout.pp
+        shard_ranks = layout.num_ranks // layout.dp
+        last_stage = (layout.pp - 1) * layout.tp * layout.sp
+        self._drawing_ranks = [shard * shard_ranks + last_stage for shard in range(layout.dp)]
+        """The first rank of each shard's last stage: it has the shard's logits."""
 
     def run(self, plan: StepPlan, num_micro_batches: int, num_threads: int) -> torch.Tensor:
         """Compute this rank's part of `plan`; every rank of the worker calls it.
 
-        Collectives, in order: for each micro-batch those of `ModelRunner.run`; then, with several
-        stages, the last one's first rank sends to rank 0. So when rank 0 returns, every stage has
-        written the KV of the whole plan.
+        Every shard makes as many forward passes as the one with the most micro-batches: without
+        tokens it takes part in the experts' exchange. Collectives, in order: for each pass those
+        of `ModelRunner.run` or `serve`; then each shard's logits go to rank 0 where another rank
+        has them. So when rank 0 returns, every stage of every shard has written the KV of the
+        whole plan.
 
         Returns:
             logits_BV of all drawing chunks on rank 0, in host memory where there are several
-            stages; others may return anything.
+            stages or shards; others may return anything.
         """
         start_s = time.perf_counter()
-        batches = cut_into_micro_batches(plan, num_micro_batches)
+        num_blocks, shard = self.runner.pool.num_blocks, self.group.axes.dp.rank
+        plans = plans_by_shard(plan, self.num_data_shards, num_blocks)
+        own = with_pool_blocks(plans[shard], shard, num_blocks)
+        batches = cut_into_micro_batches(own, num_micro_batches) if own.chunks else ()
+        num_passes = max(min(num_micro_batches, each.num_tokens) for each in plans)
         parts = [self.runner.run(batch, num_threads) for batch in batches]
+        for _ in range(num_passes - len(batches)):
+            self.runner.serve()
         drawn = [part_BV for part_BV in parts if part_BV.shape[0]]
-        logits_BV = torch.cat(drawn) if len(drawn) > 1 else [*drawn, parts[-1]][0]
+        logits_BV = torch.cat(drawn) if len(drawn) > 1 else [*drawn, *parts[-1:], _NOTHING][0]
         waited_s = 0.0
-        if self._num_stages > 1:
+        if len(self._drawing_ranks) > 1 or self._num_stages > 1:
             before_s = time.perf_counter()
-            num_drawing = sum(chunk.is_drawing for chunk in plan.chunks)
-            logits_BV = self._hand_to_leader(logits_BV, num_drawing)
+            logits_BV = self._hand_to_leader(logits_BV, plans)
             waited_s = time.perf_counter() - before_s
         self._count(time.perf_counter() - start_s, waited_s)
         return logits_BV
 
-    def _hand_to_leader(self, logits_BV: torch.Tensor, num_drawing: int) -> torch.Tensor:
-        """From the last stage to rank 0; a plan that draws nothing is acknowledged by one float."""
+    def _hand_to_leader(self, logits_BV: torch.Tensor, plans: Sequence[StepPlan]) -> torch.Tensor:
+        """From each shard to rank 0; a plan that draws nothing is acknowledged by one float."""
         world = self.group.axes.world
-        if world.rank == self._last_stage_rank:
-            world.send(logits_BV.cpu() if num_drawing else torch.zeros(1), 0)
-        if world.rank != 0:
-            return logits_BV
-        if num_drawing == 0:
-            world.receive(torch.empty(1), self._last_stage_rank)
-            return torch.empty((0, 0))
-        whole_BV = torch.empty((num_drawing, self.runner.model.config.vocab_size))
-        return world.receive(whole_BV, self._last_stage_rank)
+        parts: list[torch.Tensor] = []
+        for rank, plan in zip(self._drawing_ranks, plans, strict=True):
+            num_drawing = sum(chunk.is_drawing for chunk in plan.chunks)
+            if not plan.chunks:
+                continue
+            if world.rank == rank:
+                own_BV = logits_BV.cpu()
+                if rank == 0:
+                    parts.append(own_BV)
+                else:
+                    world.send(own_BV if num_drawing else torch.zeros(1), 0)
+            elif world.rank == 0 and num_drawing:
+                whole_BV = torch.empty((num_drawing, self.runner.model.config.vocab_size))
+                parts.append(world.receive(whole_BV, rank))
+            elif world.rank == 0:
+                world.receive(torch.empty(1), rank)
+        drawn = [part_BV for part_BV in parts if part_BV.shape[0]]
+        return torch.cat(drawn) if drawn else _NOTHING
 
     def _count(self, step_s: float, waited_s: float) -> None:
-        """Add one step; `waited_s` passed while the last stage's logits came."""
+        """Add one step; `waited_s` passed while the logits of others came."""
         collectives, pipeline, before = (
             self.group.traffic.take(),
             self._pipeline.take(),

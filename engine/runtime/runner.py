@@ -35,6 +35,10 @@ class StepRunner(Protocol):
     def pool(self) -> KvPool:
         """This rank's."""
 
+    @property
+    def num_data_shards(self) -> int:
+        """Each has a pool like this rank's; plans count blocks over all of them."""
+
     def run(self, plan: StepPlan, num_threads: int) -> torch.Tensor:
         """Compute the plan's chunks; returns logits_BV, float32, one row a drawing chunk."""
 
@@ -61,6 +65,7 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.pool = pool
+        self.num_data_shards = 1
         self._device = device
         self._pipeline = pipeline or AxisGroup()
 

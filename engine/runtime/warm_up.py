@@ -30,13 +30,14 @@ def warm_up(runner: StepRunner, *, max_num_tokens: int, num_threads: int) -> Non
 def _run(runner: StepRunner, query_lens: list[int], *, num_threads: int) -> None:
     block_size = runner.pool.layout.block_size_tokens
     chunks: list[ScheduledChunk] = []
-    next_block = 0
-    for index, num_new in enumerate(query_lens):
-        num_blocks = -(-num_new // block_size)
-        blocks = tuple(range(next_block, next_block + num_blocks))
-        next_block += num_blocks
-        name = f"warm-up-{index}"
-        chunks.append(ScheduledChunk(name, 0, (0,) * num_new, blocks, num_new, is_drawing=True))
+    for shard in range(runner.num_data_shards):
+        next_block = shard * runner.pool.num_blocks
+        for index, num_new in enumerate(query_lens):
+            num_blocks = -(-num_new // block_size)
+            blocks = tuple(range(next_block, next_block + num_blocks))
+            next_block += num_blocks
+            name = f"warm-up-{shard}-{index}"
+            chunks.append(ScheduledChunk(name, 0, (0,) * num_new, blocks, num_new, is_drawing=True))
     logits_BV = runner.run(StepPlan(tuple(chunks)), num_threads)
     for params in (SamplingParams(temperature=0.0), SamplingParams(top_p=0.9)):
         rows = [
@@ -50,6 +51,6 @@ def _run(runner: StepRunner, query_lens: list[int], *, num_threads: int) -> None
                 position=1,
                 num_output_tokens=0,
             )
-            for _ in query_lens
+            for _ in chunks
         ]
         sample(logits_BV.clone(), rows)

@@ -13,12 +13,14 @@ from engine.errors import CapacityError
 class BlockPool:
     """Hands out KV blocks; after an error the pool is unchanged."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, first_block_id: int = 0) -> None:
+        """Blocks [first_block_id, first_block_id + num_blocks)."""
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
         self.num_blocks = num_blocks
-        self._ref_counts = [0] * num_blocks
-        self._free = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken stands first
+        block_ids = range(first_block_id, first_block_id + num_blocks)
+        self._ref_counts = dict.fromkeys(block_ids, 0)
+        self._free = OrderedDict.fromkeys(block_ids)  # the next to be taken stands first
         self._hash_of_block: dict[int, bytes] = {}
         self._block_of_hash: dict[bytes, int] = {}
 
@@ -90,7 +92,7 @@ class BlockPool:
 
     def check_conservation(self) -> None:
         """Assert that every block is either free or held, and that the two hash tables agree."""
-        for block_id, count in enumerate(self._ref_counts):
+        for block_id, count in self._ref_counts.items():
             assert count >= 0, f"block {block_id} has count {count}"
             assert (count == 0) == (block_id in self._free), f"block {block_id}: count {count}"
         assert len(self._free) <= self.num_blocks, "more free blocks than blocks"

@@ -25,7 +25,14 @@ class EngineLimits:
     vocab_size: int
     max_context_tokens: int
     num_blocks: int
+    """Of each data shard: a sequence has blocks of one."""
     block_size_tokens: int
+    num_data_shards: int = 1
+
+    @property
+    def num_worker_blocks(self) -> int:
+        """Of all data shards together."""
+        return self.num_blocks * self.num_data_shards
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size_tokens)

@@ -51,9 +51,10 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         has_prefix_cache: bool = True,
         hash_salt_of: Callable[[int], int] = lambda _num_prompt_tokens: 0,
+        first_block_id: int = 0,
     ) -> None:
         self.limits = limits
-        self.block_pool = BlockPool(limits.num_blocks)
+        self.block_pool = BlockPool(limits.num_blocks, first_block_id)
         self.max_num_sequences = max_num_sequences
         self.eos_token_ids = eos_token_ids
         self.has_prefix_cache = has_prefix_cache
@@ -77,6 +78,18 @@ class Scheduler:
 
     def has_sequence(self, request_id: str) -> bool:
         return request_id in self._sequences
+
+    def is_known(self, request_id: str) -> bool:
+        """Whether a sequence or a reservation has this id."""
+        return request_id in self._sequences or request_id in self._reservations
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.block_pool.num_free
+
+    @property
+    def num_blocks(self) -> int:
+        return self.block_pool.num_blocks
 
     @property
     def num_sequences(self) -> int:
@@ -109,6 +122,24 @@ class Scheduler:
     def min_num_batched_tokens(self) -> int:
         """The smallest step budget with which a full batch decodes and prefill still advances."""
         return self.max_num_sequences + self.limits.block_size_tokens
+
+    def burden(self, num_tokens: int, hashes: Seq[bytes]) -> tuple[bool, int]:
+        """What a new sequence would meet here; of several schedulers the least is its best place.
+
+        Returns:
+            Whether it must wait for blocks; then the tokens to compute before it is done with its
+            own, each sequence that is here counted as one block more: it decodes beside it.
+        """
+        cached = self.block_pool.cached_prefix(hashes) if self.has_prefix_cache else []
+        wanted = self.block_pool.num_taken_by(self.limits.num_blocks_for(num_tokens), cached)
+        waiting = [each.num_tokens for each in self._waiting]
+        waiting += [each.num_tokens for each in self._waiting_reservations]
+        wanted += sum(map(self.limits.num_blocks_for, waiting))
+        must_wait = wanted + self._headroom > self.block_pool.num_free
+        num_here = len(self._sequences.keys() | self._reservations.keys())
+        block_size = self.limits.block_size_tokens
+        num_new = num_tokens - len(cached) * block_size
+        return must_wait, self.num_waiting_tokens + num_new + num_here * block_size
 
     # What others ask for.
 

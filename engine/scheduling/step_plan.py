@@ -22,7 +22,10 @@ class ScheduledChunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The chunks of one forward pass, one a sequence; decoding sequences come first."""
+    """The chunks of one forward pass, one a sequence; decoding sequences come first.
+
+    With several data shards the chunks of the first shard come first.
+    """
 
     chunks: tuple[ScheduledChunk, ...]
 

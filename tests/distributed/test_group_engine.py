@@ -8,9 +8,18 @@ from typing import Any
 import pytest
 
 from engine.parallel import ParallelLayout, RankGroup
+from engine.runtime.commands import SequenceMode
+from engine.runtime.engine_thread import EngineThread
 from engine.runtime.group_runner import GroupRunner
 from tests.checkpoints import VOCAB_SIZE, tiny_checkpoint
-from tests.distributed.group_engine import answer_all, follow, lead, member
+from tests.distributed.group_engine import (
+    Answers,
+    answer_all,
+    follow,
+    lead,
+    member,
+    request_of,
+)
 from tests.distributed.ranks import run_ranks
 
 NUM_TOKENS = 10
@@ -39,6 +48,18 @@ def expected(checkpoint: Path) -> dict[str, list[int]]:
     return asyncio.run(answer_all(lead(None, checkpoint, {}), prompts(), NUM_TOKENS)).tokens
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(
+        tmp_path_factory.mktemp("mixture"),
+        "qwen2_moe",
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        shared_expert_intermediate_size=56,
+    )
+
+
 def answers_of_group(group: RankGroup, path: str, settings: dict[str, Any]) -> dict[str, Any]:
     membership = member(group)
     if membership.leader is not None:
@@ -60,4 +81,48 @@ def test_ranks_draw_the_tokens_of_one(
 ) -> None:
     settings = {"parallel": ParallelLayout.parse(layout)}
     leader, *_ = run_ranks(layout, answers_of_group, str(checkpoint), settings)
+    assert leader["tokens"] == expected
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["dp=2", "ep=2", "ep=4", "dp=3,ep=3", "tp=2,dp=2,ep=2", "tp=2,dp=2,ep=4", "pp=2,dp=2,ep=2",
+     "sp=2,dp=2,ep=4"],
+)  # fmt: skip
+def test_data_shards_draw_the_tokens_of_one_rank(layout: str, mixture: Path) -> None:
+    """Eight prompts are shared out; shards have none, some, or the last sequences to end."""
+    expected = asyncio.run(answer_all(lead(None, mixture, {}), prompts(), NUM_TOKENS)).tokens
+    settings = {"parallel": ParallelLayout.parse(layout)}
+    leader, *_ = run_ranks(layout, answers_of_group, str(mixture), settings)
+    assert leader["tokens"] == expected
+
+
+def answers_one_by_one(group: RankGroup, path: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """A request at a time: all other shards are empty in every step."""
+    membership = member(group)
+    if membership.leader is not None:
+        follow(membership, Path(path), settings)
+        return {}
+    engine = lead(membership, Path(path), settings)
+    found: dict[str, list[int]] = {}
+
+    async def answer() -> None:
+        async with EngineThread(engine) as thread:
+            for index, prompt in enumerate(prompts()):
+                answers = Answers(1)
+                request = request_of(index, prompt, NUM_TOKENS)
+                thread.submit(request, SequenceMode.LOCAL, answers)
+                await answers.done.wait()
+                found.update(answers.tokens)
+
+    asyncio.run(answer())
+    engine.scheduler.check_conservation()
+    assert engine.stats.num_free_blocks == engine.stats.num_blocks
+    return {"tokens": found}
+
+
+def test_a_shard_alone_at_work_has_the_other_ranks_experts(mixture: Path) -> None:
+    expected = asyncio.run(answer_all(lead(None, mixture, {}), prompts(), NUM_TOKENS)).tokens
+    settings = {"parallel": ParallelLayout.parse("ep=2")}
+    leader, *_ = run_ranks("ep=2", answers_one_by_one, str(mixture), settings)
     assert leader["tokens"] == expected
