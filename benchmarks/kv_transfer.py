@@ -29,7 +29,7 @@ from engine.errors import CapacityError, UnknownRequestError
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.pool import KvPool
 from engine.runtime.commands import Reservation
-from kv_transfer.config import DataPlane, TransferConfig
+from kv_transfer.config import Checksums, DataPlane, TransferConfig
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.sender import KvSender
@@ -113,9 +113,9 @@ class Row:
     """For a handover: reserve to commit acknowledged."""
 
 
-async def measure(data_plane: DataPlane, num_runs: int, *, has_checksums: bool) -> list[Row]:
+async def measure(data_plane: DataPlane, num_runs: int, *, checksums: Checksums) -> list[Row]:
     """Hand prompts over to a receiver process."""
-    config = TransferConfig(data_plane=data_plane, has_checksums=has_checksums)
+    config = TransferConfig(data_plane=data_plane, checksums=checksums)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -137,7 +137,11 @@ async def measure(data_plane: DataPlane, num_runs: int, *, has_checksums: bool) 
                 open_channel=open_channel,
                 config=config,
             ) as sender:
-                name = f"{data_plane}, no checksum" if not has_checksums else str(data_plane)
+                name = (
+                    f"{data_plane}, no checksum"
+                    if checksums is Checksums.NEVER
+                    else str(data_plane)
+                )
                 return [
                     await _hand_over(sender, address, name, num_tokens, num_runs)
                     for num_tokens in PROMPTS
@@ -256,12 +260,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     num_runs = 5 if options.quick else 30
     rows = measure_copy(num_runs) + measure_socket(num_runs)
-    for data_plane, has_checksums in (
-        (DataPlane.SHM, True),
-        (DataPlane.TCP, True),
-        (DataPlane.TCP, False),
+    for data_plane, checksums in (
+        (DataPlane.SHM, Checksums.NETWORK),
+        (DataPlane.TCP, Checksums.NETWORK),
+        (DataPlane.TCP, Checksums.NEVER),
     ):
-        rows += uvloop.run(measure(data_plane, num_runs, has_checksums=has_checksums))
+        rows += uvloop.run(measure(data_plane, num_runs, checksums=checksums))
     print(table(rows))
     if options.json is not None:
         options.json.write_bytes(msgspec.json.encode([asdict(row) for row in rows]))

@@ -240,6 +240,8 @@ class SequenceSession:
         if response.HasField("handover"):
             attempt.is_handed_over = True
             self.report.handover = response.handover
+            for reason in response.handover.retransfers:
+                self._owner.on_degraded("retransfer", reason)
         if self.attempt is not attempt or self.is_done or not attempt.needs_first:
             return
         if response.HasField("first_token"):

@@ -13,6 +13,16 @@ class DataPlane(StrEnum):
     TCP = "tcp"
 
 
+class Checksums(StrEnum):
+    """Where what was written is compared with what was to be written, before anyone reads it."""
+
+    NETWORK = "network"
+    """tcp: an xxh3 checksum with every frame."""
+    ALWAYS = "always"
+    """shm too: each slice is compared with its source once it is written."""
+    NEVER = "never"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransferConfig:
     """What a worker's operator may set about handovers."""
@@ -33,14 +43,15 @@ class TransferConfig:
     host under which they know the worker's gRPC server."""
     max_data_connections: int = 256
     """tcp: more are refused; each sending worker holds one."""
-    has_checksums: bool = True
-    """tcp: the sender adds an xxh3 checksum to every frame."""
+    checksums: Checksums = Checksums.NETWORK
+    """Of the sender. Damage is sent again once; then the handover fails."""
     slice_bytes: int = 1 << 20
     """shm: most bytes between two looks at the lease."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.data_plane, DataPlane):  # a plain string would compare unequal
-            raise ValueError(f"data_plane must be a DataPlane, got {self.data_plane!r}")
+        for name, kind in (("data_plane", DataPlane), ("checksums", Checksums)):
+            if not isinstance(getattr(self, name), kind):  # a plain string would compare unequal
+                raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
         for name in (
             "lease_s",
             "max_hold_s",

@@ -15,6 +15,8 @@ class SenderCounters:
     """Time spent writing them, by data plane."""
     handovers: Mapping[str, int] = field(default_factory=dict)
     """Ended handovers, by outcome: committed, released, or the name of the error."""
+    retransfers: Mapping[str, int] = field(default_factory=dict)
+    """Writes that had to be repeated, by reason: corrupt, broken."""
     fallbacks: Mapping[str, int] = field(default_factory=dict)
     """Receivers that offered a faster data plane than the one that works, by reason."""
 

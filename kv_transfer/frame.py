@@ -10,13 +10,13 @@ from enum import IntEnum, IntFlag
 from kv_transfer.reshard import Box
 
 MAGIC = b"ISKV"
-VERSION = 2
+VERSION = 3
 
-# magic, version, flags, reserved, push, lease id, epoch, block id, first slot, slots, first layer,
-# layers, first head, heads, bytes, checksum
-_HEADER = struct.Struct(">4sBBHIQQIIIIIIIIQ")
+# magic, version, flags, reserved, writer id, push, lease id, epoch, block id, first slot, slots,
+# first layer, layers, first head, heads, bytes, checksum
+_HEADER = struct.Struct(">4sBBHQQQQIIIIIIIIQ")
 # magic, version, status, reserved, push, lease id
-_ANSWER = struct.Struct(">4sBBHIQ")
+_ANSWER = struct.Struct(">4sBBHQQ")
 HEADER_BYTES = _HEADER.size
 ANSWER_BYTES = _ANSWER.size
 
@@ -34,7 +34,8 @@ _ALL_FLAGS = int(FrameFlag.LAST | FrameFlag.CHECKSUM)
 class PushStatus(IntEnum):
     WRITTEN = 1
     LEASE_LOST = 2
-    """Nothing of the push was kept, or only its first frames, in blocks that nobody reads."""
+    """Nothing of the push was kept, or only its first frames, in blocks that nobody reads. Also
+    for a push after which its writer has begun another one."""
     CORRUPT = 3
     REFUSED = 4
     """A frame is not what the lease allows; the connection closes."""
@@ -47,8 +48,11 @@ class FrameError(Exception):
 @dataclass(frozen=True, slots=True)
 class FrameHeader:
     flags: FrameFlag
+    writer_id: int
+    """Random; one for each link of a sending rank, whatever it connects and reconnects."""
     push: int
-    """Counts the pushes of one connection."""
+    """Counts the pushes of the writer. A push that is given up is repeated under the next number,
+    and the first frame of that shuts the earlier one out."""
     lease_id: int
     epoch: int
     block_id: int
@@ -65,6 +69,7 @@ class FrameHeader:
             VERSION,
             self.flags,
             0,
+            self.writer_id,
             self.push,
             self.lease_id,
             self.epoch,
@@ -89,9 +94,10 @@ def header_from(data: bytes | bytearray | memoryview) -> FrameHeader:
         raise FrameError("bad_version")
     if reserved or flags > _ALL_FLAGS:
         raise FrameError("bad_flags")
-    push, lease_id, epoch, block_id, first_slot, num_slots, *box = place
+    writer_id, push, lease_id, epoch, block_id, first_slot, num_slots, *box = place
     return FrameHeader(
         flags=FrameFlag(flags),
+        writer_id=writer_id,
         push=push,
         lease_id=lease_id,
         epoch=epoch,

@@ -1,19 +1,24 @@
 """One sequence's KV on its way from a prefill worker into reserved blocks of a decode worker."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.errors import KvLeaseLostError, PeerUnavailableError
+from engine.errors import KvCorruptionError, KvLeaseLostError, PeerUnavailableError
 from kv_transfer.blocks import SlotRange, slot_ranges
 from kv_transfer.group_layout import GroupLayout
 from kv_transfer.peer import Peer
 from kv_transfer.plane import WritePermit
 from kv_transfer.report import HandoverReport
 from kv_transfer.reshard import num_handover_bytes
+from kv_transfer.sending_rank import RankLink
 from kv_transfer.session import Session, outcome_of
+from kv_transfer.together import together
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +122,11 @@ class Handover:
                     )
                 )
         self._end_token = end
-        num_bytes = await self._write(parts_of_shard)
+        try:
+            num_bytes = await self._write(parts_of_shard)
+        except Exception as error:
+            self._failure = self._failure or error
+            raise
         if num_bytes != num_handover_bytes(self.session.offer.layout, end - first):
             raise AssertionError(f"wrote {num_bytes} bytes for {end - first} tokens")
         self.report.num_bytes += num_bytes
@@ -188,21 +197,33 @@ class Handover:
         report = self.report
         start_ns = report.computed_ns = time.time_ns()
         report.transfer_start_ns = report.transfer_start_ns or start_ns
-        writing = self.session.write(self._permit, parts_of_shard)
-        for write in writing:
-            self._writes.add(write)
-            write.add_done_callback(self._end_write)
-        # Does not cancel what it waits for; `close` waits for the rest.
-        done, _ = await asyncio.wait(writing, return_when=asyncio.FIRST_EXCEPTION)
-        num_bytes = sum(write.result() for write in done)
+        work = self.session.work_for(parts_of_shard)
+        num_bytes = sum(await together([self._write_to(link, parts) for link, parts in work]))
         report.transfer_end_ns = time.time_ns()
         report.write_ns += report.transfer_end_ns - start_ns
         return num_bytes
 
-    def _end_write(self, writing: asyncio.Future[int]) -> None:
-        self._writes.discard(writing)
-        if not writing.cancelled() and (error := writing.exception()) is not None:
-            self._failure = self._failure or error
+    async def _write_to(self, link: RankLink, parts: Sequence[SlotRange]) -> int:
+        """Once more when the bytes came to harm on their way; the lease ends it all the same."""
+        try:
+            return await self._write_once(link, parts)
+        except (KvCorruptionError, PeerUnavailableError) as error:
+            reason = "corrupt" if isinstance(error, KvCorruptionError) else "broken"
+            logger.warning("writing again request_id=%s: %s", self.request_id, error)
+            self.report.retransfers.append(reason)
+            return await self._write_once(link, parts)
+
+    async def _write_once(self, link: RankLink, parts: Sequence[SlotRange]) -> int:
+        write = link.write(self._permit, parts)
+        self._writes.add(write)
+        write.add_done_callback(self._end_write)
+        await asyncio.wait([write])  # does not cancel what it waits for; `close` waits for the rest
+        return write.result()
+
+    def _end_write(self, write: asyncio.Future[int]) -> None:
+        self._writes.discard(write)
+        if not write.cancelled():
+            write.exception()  # its push may have been cancelled, so that nobody looks at it
 
     async def _call_commit(self, request: pb.CommitRequest) -> None:
         try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from engine.errors import LayoutMismatchError, PeerUnavailableError
 from kv_transfer.blocks import HostBlocks, SlotRange, host_blocks, source_from
-from kv_transfer.config import DataPlane, TransferConfig, address_from
+from kv_transfer.config import Checksums, DataPlane, TransferConfig, address_from
 from kv_transfer.memory import KvMemory
 from kv_transfer.plane import KvWriter, WritePermit
 from kv_transfer.sending_rank import RankLink, Target
@@ -131,7 +131,11 @@ def choose_writer(target: Target, config: TransferConfig) -> WriterChoice:
     if config.data_plane is not DataPlane.TCP and offer.shm is not None:
         try:
             writer = ShmWriter(
-                offer.shm, target.layout, target.num_blocks, slice_bytes=config.slice_bytes
+                offer.shm,
+                target.layout,
+                target.num_blocks,
+                slice_bytes=config.slice_bytes,
+                is_checked=config.checksums is Checksums.ALWAYS,
             )
         except PeerUnavailableError as error:
             if config.data_plane is DataPlane.SHM or offer.tcp is None:
@@ -146,7 +150,9 @@ def choose_writer(target: Target, config: TransferConfig) -> WriterChoice:
             host = address_from(target.peer_address)[0]
         return WriterChoice(
             TcpWriter(
-                (host, port), timeout_s=config.data_timeout_s, has_checksums=config.has_checksums
+                (host, port),
+                timeout_s=config.data_timeout_s,
+                has_checksums=config.checksums is not Checksums.NEVER,
             ),
             reason,
         )

@@ -1,6 +1,6 @@
 """What one handover did and when, for spans, metrics and the caller's report."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from protos.isthmus.v1 import prefill_pb2
 
@@ -16,6 +16,8 @@ class HandoverReport:
     """Tokens whose KV the receiver held already."""
     num_bytes: int = 0
     """Payload bytes that crossed so far."""
+    retransfers: list[str] = field(default_factory=list)
+    """Why something had to be written again, each time: corrupt, broken."""
     num_handshakes: int = 0
     """1 when this handover had to make the receiver's acquaintance first."""
     reserve_start_ns: int = 0
@@ -76,6 +78,7 @@ class HandoverReport:
             commit_ns=self.commit_ns,
             exposed_ns=self.exposed_ns,
             data_plane=self.data_plane,
+            retransfers=self.retransfers,
         )
 
 

@@ -80,6 +80,7 @@ class KvSender:
         self._num_bytes: Counter[str] = Counter()
         self._write_ns: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
+        self._retransfers: Counter[str] = Counter()
         self._fallbacks: Counter[str] = Counter()
         self._stack = AsyncExitStack()
         self._tasks = asyncio.TaskGroup()
@@ -111,6 +112,7 @@ class KvSender:
             num_bytes=dict(self._num_bytes),
             write_s={name: ns / 1e9 for name, ns in dict(self._write_ns).items()},
             handovers=dict(self._outcomes),
+            retransfers=dict(self._retransfers),
             fallbacks=dict(self._fallbacks),
         )
 
@@ -282,6 +284,7 @@ class KvSender:
 
     def _count(self, report: HandoverReport) -> None:
         self._outcomes[report.outcome] += 1
+        self._retransfers.update(report.retransfers)
         if report.num_bytes:
             self._num_bytes[report.data_plane] += report.num_bytes
             self._write_ns[report.data_plane] += report.write_ns

@@ -1,13 +1,16 @@
 """What a sender knows about one start of one receiver: offer, links, open handovers."""
 
-import asyncio
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from engine.errors import IsthmusError
 from kv_transfer.blocks import SlotRange
 from kv_transfer.offer import Offer
-from kv_transfer.plane import WritePermit
 from kv_transfer.sending_group import ShardLink
+from kv_transfer.sending_rank import RankLink
+
+if TYPE_CHECKING:
+    from kv_transfer.plane import WritePermit
 
 
 class Session:
@@ -38,12 +41,12 @@ class Session:
             for shard_link in self._links:
                 shard_link.link.close()
 
-    def write(
-        self, permit: WritePermit, parts_of_shard: Mapping[int, Sequence[SlotRange]]
-    ) -> list[asyncio.Future[int]]:
-        """Let every rank write what it has of these tokens; see `RankLink.write`."""
+    def work_for(
+        self, parts_of_shard: Mapping[int, Sequence[SlotRange]]
+    ) -> list[tuple[RankLink, Sequence[SlotRange]]]:
+        """Which rank writes what of these tokens."""
         return [
-            shard_link.link.write(permit, parts)
+            (shard_link.link, parts)
             for shard_link in self._links
             if (parts := parts_of_shard.get(shard_link.token_shard))
         ]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.errors import KvLeaseLostError, PeerUnavailableError
+from engine.errors import KvCorruptionError, KvLeaseLostError, PeerUnavailableError
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.populate import populate
 from kv_transfer import range_lock
@@ -39,14 +39,28 @@ class ShmWriter:
     name = "shm"
 
     def __init__(
-        self, offer: ShmOffer, layout: KvLayout, num_blocks: int, *, slice_bytes: int
+        self,
+        offer: ShmOffer,
+        layout: KvLayout,
+        num_blocks: int,
+        *,
+        slice_bytes: int,
+        is_checked: bool = False,
     ) -> None:
         """Map the offered pool.
+
+        Args:
+            offer: of the receiving rank.
+            layout: of its pool.
+            num_blocks: in its pool.
+            slice_bytes: most bytes between two looks at the lease.
+            is_checked: compare what was written with its source.
 
         Raises:
             PeerUnavailableError: it is not there, not of the stated size, or another host's.
         """
         self._slice_bytes = slice_bytes
+        self._is_checked = is_checked
         pool_bytes = num_blocks * layout.block_bytes
         self._fd = _open_offer(offer, pool_bytes)
         try:
@@ -82,6 +96,8 @@ class ShmWriter:
                 for target, piece in batch:
                     np.copyto(target, piece)
                     num_bytes += piece.nbytes
+                    if self._is_checked and not np.array_equal(target, piece):
+                        raise KvCorruptionError(f"{self.name}: not what was written is there")
         return num_bytes
 
     def close(self) -> None:

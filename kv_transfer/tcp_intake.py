@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from engine.kv_cache.layout import KvLayout
+from engine.parallel.layout import MAX_RANKS
 from kv_transfer import stream
 from kv_transfer.blocks import Bytes, host_blocks
 from kv_transfer.config import TransferConfig, address_from
@@ -34,6 +35,15 @@ from kv_transfer.plane import WriteWindow
 logger = logging.getLogger(__name__)
 
 
+class _OpenLease:
+    """What may be written under a lease, and by which push of each writer."""
+
+    def __init__(self, window: WriteWindow) -> None:
+        self.window = window
+        self.index_of = {block_id: index for index, block_id in enumerate(window.block_ids)}
+        self.newest_push: dict[int, int] = {}
+
+
 class _Gate:
     """Which leases are open and who is writing under them; the loop and the threads share it."""
 
@@ -41,20 +51,21 @@ class _Gate:
         self._epoch = epoch
         self._layout = layout
         self._lock = threading.Lock()
-        self._windows: dict[int, tuple[WriteWindow, dict[int, int]]] = {}
+        self._has_left = threading.Condition(self._lock)
+        self._open: dict[int, _OpenLease] = {}
         self._fenced: set[int] = set()
-        self._busy: dict[int, list[_Connection]] = {}
+        self._busy: dict[int, dict[_Connection, FrameHeader]] = {}
 
     def open(self, window: WriteWindow) -> None:
-        index_of = {block_id: index for index, block_id in enumerate(window.block_ids)}
+        opened = _OpenLease(window)
         with self._lock:
             if window.lease_id not in self._fenced:  # an abort may come before the news of a grant
-                self._windows[window.lease_id] = window, index_of
+                self._open[window.lease_id] = opened
 
     def fence(self, lease_id: int) -> list["_Connection"]:
         """Shut the lease; returns who is in the middle of a frame of it."""
         with self._lock:
-            self._windows.pop(lease_id, None)
+            self._open.pop(lease_id, None)
             self._fenced.add(lease_id)
             return list(self._busy.get(lease_id, ()))
 
@@ -63,35 +74,67 @@ class _Gate:
             self._fenced.discard(lease_id)
 
     def enter(self, header: FrameHeader, connection: "_Connection") -> bool:
-        """Let a frame in; False when its lease was shut and its payload must go nowhere."""
+        """Let a frame in; False when its payload must go nowhere.
+
+        That is so when its lease was shut, and when its writer has begun a later push: damaged or
+        late bytes of a push that was given up must not fall on those of its repetition. Waits for
+        the last frame of the earlier push that is under way, whose connection is cut.
+        """
         self._check_shape(header)
         with self._lock:
-            if header.lease_id in self._fenced:
-                return False
-            found = self._windows.get(header.lease_id)
-            if found is None:
-                raise FrameError("unknown_lease")
-            window, index_of = found
-            index = index_of.get(header.block_id)
-            if index is None:
-                raise FrameError("foreign_block")
-            first_token = index * self._layout.block_size_tokens + header.first_slot
-            is_inside = (
-                header.first_slot + header.num_slots <= self._layout.block_size_tokens
-                and window.first_token <= first_token
-                and first_token + header.num_slots <= window.end_token
-            )
-            if not is_inside:
-                raise FrameError("foreign_slots")
-            self._busy.setdefault(header.lease_id, []).append(connection)
+            while True:
+                if header.lease_id in self._fenced:
+                    return False
+                opened = self._open.get(header.lease_id)
+                if opened is None:
+                    raise FrameError("unknown_lease")
+                self._check_place(header, opened)
+                if not self._is_newest(header, opened):
+                    return False
+                late = self._earlier(header)
+                if not late:
+                    break
+                for other in late:
+                    other.shutdown()
+                self._has_left.wait()
+            self._busy.setdefault(header.lease_id, {})[connection] = header
             return True
 
     def leave(self, header: FrameHeader, connection: "_Connection") -> None:
         with self._lock:
             writers = self._busy[header.lease_id]
-            writers.remove(connection)
+            del writers[connection]
             if not writers:
                 del self._busy[header.lease_id]
+            self._has_left.notify_all()
+
+    def _is_newest(self, header: FrameHeader, opened: _OpenLease) -> bool:
+        newest = opened.newest_push
+        if header.writer_id not in newest and len(newest) >= MAX_RANKS:
+            raise FrameError("too_many_writers")
+        newest[header.writer_id] = max(header.push, newest.get(header.writer_id, 0))
+        return newest[header.writer_id] == header.push
+
+    def _earlier(self, header: FrameHeader) -> list["_Connection"]:
+        """Who is in the middle of a frame of an earlier push of this writer."""
+        return [
+            connection
+            for connection, other in self._busy.get(header.lease_id, {}).items()
+            if other.writer_id == header.writer_id and other.push < header.push
+        ]
+
+    def _check_place(self, header: FrameHeader, opened: _OpenLease) -> None:
+        index = opened.index_of.get(header.block_id)
+        if index is None:
+            raise FrameError("foreign_block")
+        first_token = index * self._layout.block_size_tokens + header.first_slot
+        is_inside = (
+            header.first_slot + header.num_slots <= self._layout.block_size_tokens
+            and opened.window.first_token <= first_token
+            and first_token + header.num_slots <= opened.window.end_token
+        )
+        if not is_inside:
+            raise FrameError("foreign_slots")
 
     def _check_shape(self, header: FrameHeader) -> None:
         layout, box = self._layout, header.box

@@ -1,6 +1,6 @@
 """Data plane between hosts, sender's end: frames over one connection to the receiver."""
 
-import logging
+import secrets
 import socket
 from collections.abc import Sequence
 from itertools import product
@@ -28,8 +28,6 @@ from kv_transfer.frame import (
 from kv_transfer.plane import WritePermit
 from kv_transfer.reshard import Transfer
 
-logger = logging.getLogger(__name__)
-
 _ERROR_OF: dict[PushStatus, type[IsthmusError]] = {
     PushStatus.LEASE_LOST: KvLeaseLostError,
     PushStatus.CORRUPT: KvCorruptionError,
@@ -38,7 +36,7 @@ _ERROR_OF: dict[PushStatus, type[IsthmusError]] = {
 
 
 class TcpWriter:
-    """Connects with the first write and again when the connection is gone."""
+    """Connects with the first write, and with the next one when the connection is gone."""
 
     name = "tcp"
 
@@ -47,6 +45,7 @@ class TcpWriter:
         self._timeout_s = timeout_s
         self._has_checksums = has_checksums
         self._socket: socket.socket | None = None
+        self._writer_id = secrets.randbits(64)
         self._num_pushes = 0
 
     def write(
@@ -59,17 +58,10 @@ class TcpWriter:
         frames = list(product(parts, transfers))
         if not frames:
             return 0
-        if self._socket is not None:
-            try:
-                return self._write(self._socket, permit, source, frames)
-            except OSError as error:  # e.g. idle for long: frames may be sent twice
-                logger.info("connecting again to %s:%s: %s", *self._address, error)
-                self.close()
-        sock = self._connect()
+        sock = self._socket or self._connect()
         try:
             return self._write(sock, permit, source, frames)
         except OSError as error:
-            self.close()
             raise PeerUnavailableError(f"{self._peer}: {error}") from error
 
     def close(self) -> None:
@@ -97,18 +89,17 @@ class TcpWriter:
         source: BlockSource,
         frames: Sequence[tuple[SlotRange, Transfer]],
     ) -> int:
-        self._num_pushes = (self._num_pushes + 1) & 0xFFFFFFFF
+        self._num_pushes += 1
         num_bytes = 0
-        is_whole = False  # frames begun are also ended
+        status = None
         try:
             for index, frame in enumerate(frames):
                 permit.check()
                 is_last = index == len(frames) - 1
                 num_bytes += self._send_frame(sock, permit, source, *frame, is_last=is_last)
             status = self._await_answer(sock, permit)
-            is_whole = True
         finally:
-            if not is_whole:
+            if status is not PushStatus.WRITTEN:
                 self.close()  # the receiver drops what it has of an unfinished frame
         if status is not PushStatus.WRITTEN:
             raise _ERROR_OF[status](
@@ -136,6 +127,7 @@ class TcpWriter:
             checksum = xxhash.xxh3_64_intdigest(payload.data)
         header = FrameHeader(
             flags=flags,
+            writer_id=self._writer_id,
             push=self._num_pushes,
             lease_id=permit.lease_id,
             epoch=permit.epoch,

@@ -51,6 +51,12 @@ class SenderCollector(Collector):
             "isthmus_handovers", "Ended handovers.", "outcome", counters.handovers
         )
         yield labelled_counter(
+            "isthmus_handover_retransfers",
+            "Writes that were repeated: damaged on their way, or broken off.",
+            "reason",
+            counters.retransfers,
+        )
+        yield labelled_counter(
             "isthmus_handover_fallbacks",
             "Receivers whose fastest data plane does not work here.",
             "reason",

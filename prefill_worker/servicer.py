@@ -82,5 +82,6 @@ def _handover_to_pb(report: HandoverReport, prefill_end_ns: int) -> pb.PrefillRe
         commit_ns=report.commit_ns,
         exposed_ns=max(0, report.commit_end_ns - prefill_end_ns),
         data_plane=report.data_plane,
+        retransfers=report.retransfers,
     )
     return pb.PrefillResponse(handover=message)

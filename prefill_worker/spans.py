@@ -35,6 +35,7 @@ def record_handover(report: HandoverReport, context: Context | None) -> None:
             "num_tokens": report.num_tokens,
             "num_cached_tokens": report.num_cached_tokens,
             "data_plane": report.data_plane,
+            "retransfers": report.retransfers,
         },
     )
     span_between("kv.commit", report.commit_start_ns, report.commit_end_ns, context=context)

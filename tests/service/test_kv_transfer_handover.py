@@ -1,8 +1,10 @@
 """A handover over real gRPC: what each end promises when the other one is late, wrong or gone."""
 
 import asyncio
+import itertools
 import threading
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,6 +18,7 @@ from engine.errors import (
     DeadlineError,
     DuplicateRequestError,
     InvalidRequestError,
+    KvCorruptionError,
     KvLeaseLostError,
     LayoutMismatchError,
     PeerUnavailableError,
@@ -24,8 +27,11 @@ from engine.errors import (
 from engine.request import Request, SamplingParams
 from engine.runtime.commands import SequenceMode
 from engine.scheduling.block_hash import block_hashes
-from kv_transfer.config import DataPlane
+from kv_transfer import stream
+from kv_transfer.config import Checksums, DataPlane
 from kv_transfer.handover import Handover
+from kv_transfer.local_receiving_rank import LocalReceivingRank
+from kv_transfer.offer import PROTOCOL_VERSION
 from kv_transfer.peer import Peer
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.receiving_group import ReceivingGroup
@@ -107,7 +113,7 @@ async def test_another_layout_is_refused(change) -> None:
 
 async def test_another_protocol_version_is_refused() -> None:
     async with kv_pair() as pair, open_channel(pair.address) as channel:
-        request = pb.HandshakeRequest(sender_id="p", model_digest="abc", protocol_version=3)
+        request = pb.HandshakeRequest(sender_id="p", model_digest="abc", protocol_version=99)
         request.layout.CopyFrom(
             pb.KvLayout(
                 num_layers=3,
@@ -118,7 +124,7 @@ async def test_another_protocol_version_is_refused() -> None:
                 num_parts=2,
             )
         )
-        with pytest.raises(aio.AioRpcError, match=r"protocol 3.*but.*protocol 2") as failure:
+        with pytest.raises(aio.AioRpcError, match=r"protocol 99.*but.*protocol 3") as failure:
             await pb_grpc.KvTransferServiceStub(channel).Handshake(request)
         assert failure.value.code() is StatusCode.FAILED_PRECONDITION
 
@@ -295,7 +301,10 @@ async def test_a_reserve_that_makes_no_sense_is_refused(fields, error) -> None:
 async def test_a_grant_that_makes_no_sense_is_refused(fields) -> None:
     async with kv_pair() as pair:
         offer = pair.receiver.handshake(
-            sender_id="p", layout=TINY_LAYOUT, model_digest="abc", protocol_version=2
+            sender_id="p",
+            layout=TINY_LAYOUT,
+            model_digest="abc",
+            protocol_version=PROTOCOL_VERSION,
         )
         good: dict[str, Any] = {
             "lease_id": 1,
@@ -381,6 +390,88 @@ async def test_a_dead_engine_is_reported_to_the_sender() -> None:
             with pytest.raises(PeerUnavailableError, match="engine thread died"):
                 await handover.commit(7)
         assert pair.receiver.counters.num_quarantined_leases == 1
+
+
+# Damage.
+
+
+def missent(num_times: int) -> Callable[..., None]:
+    """A send that spoils a bit of the payload the first so many times."""
+    left = itertools.count(num_times, -1)
+    original = stream.send
+
+    def send(sock: Any, header: bytes, payload: memoryview, **more: Any) -> None:
+        sent = bytearray(payload)
+        if next(left) > 0:
+            sent[0] ^= 1
+        original(sock, header, memoryview(sent), **more)
+
+    return send
+
+
+def miscopied(num_times: int) -> Callable[[Any, Any], None]:
+    """A copy that spoils a bit the first so many times."""
+    left = itertools.count(num_times, -1)
+
+    def copy(target: Any, piece: Any) -> None:
+        target[...] = piece
+        if next(left) > 0:
+            target[(0,) * target.ndim] ^= 1
+
+    return copy
+
+
+def spoil(monkeypatch, plane: str, num_times: int) -> None:
+    if plane == "shm":
+        monkeypatch.setattr("kv_transfer.shm.np.copyto", miscopied(num_times))
+    else:
+        monkeypatch.setattr(stream, "send", missent(num_times))
+
+
+CHECKED = replace(FAST, checksums=Checksums.ALWAYS)
+
+
+@pytest.mark.parametrize("plane", ["shm", "tcp"])
+async def test_what_was_damaged_on_its_way_is_sent_again_and_counted(
+    plane: str, monkeypatch
+) -> None:
+    async with kv_pair(plane, config=CHECKED) as pair:
+        spoil(monkeypatch, plane, 1)
+        handover = await complete(pair)
+        np.testing.assert_array_equal(
+            pair.remote.tokens(handover.block_ids, 0, 13), pair.local.tokens(BLOCKS, 0, 13)
+        )
+        assert handover.report.retransfers == ["corrupt"]
+        assert handover.report.num_bytes == 13 * TINY_LAYOUT.bytes_per_token
+        assert pair.sender.counters.retransfers == {"corrupt": 1}
+        assert pair.sender.counters.handovers == {"committed": 1}
+
+
+@pytest.mark.parametrize("plane", ["shm", "tcp"])
+async def test_what_is_damaged_again_is_never_committed(plane: str, monkeypatch) -> None:
+    async with kv_pair(plane, config=CHECKED) as pair:
+        spoil(monkeypatch, plane, 1000)
+        async with handover_of(pair) as handover:
+            with pytest.raises(KvCorruptionError):
+                await handover.push(BLOCKS, 0, 13)
+            with pytest.raises(KvCorruptionError):
+                await handover.commit(7)
+        assert pair.engine.committed == []
+        assert num_free(pair) == 16
+        assert pair.sender.counters.retransfers == {"corrupt": 1}
+
+
+async def test_a_connection_that_was_cut_is_made_again_and_counted() -> None:
+    async with kv_pair("tcp") as pair:
+        await complete(pair, "r")
+        (rank,) = pair.receiver._group.ranks
+        assert isinstance(rank, LocalReceivingRank)
+        assert rank.tcp is not None
+        for connection in list(rank.tcp._connections):
+            connection.shutdown()
+        await until(lambda: not rank.tcp._connections)
+        assert (await complete(pair, "s")).report.retransfers == ["broken"]
+        assert pair.sender.counters.retransfers == {"broken": 1}
 
 
 # Leases.

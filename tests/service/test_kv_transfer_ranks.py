@@ -369,7 +369,7 @@ async def test_a_window_that_comes_after_its_fence_stays_shut() -> None:
         await remote.fence(5)
         await remote.open(WriteWindow(5, (1, 2), 0, 8))
         assert servicer._receiving.tcp is not None
-        assert not servicer._receiving.tcp.gate._windows
+        assert not servicer._receiving.tcp.gate._open
         await remote.forget([5])
 
 

@@ -19,6 +19,7 @@ from engine.errors import (
     LayoutMismatchError,
     PeerUnavailableError,
 )
+from engine.parallel.layout import MAX_RANKS
 from kv_transfer import frame
 from kv_transfer.blocks import SlotRange, host_blocks, source_from
 from kv_transfer.config import TransferConfig
@@ -39,6 +40,7 @@ WAIT_S = 10.0
 
 GOOD = FrameHeader(
     flags=FrameFlag.LAST,
+    writer_id=1,
     push=1,
     lease_id=LEASE_ID,
     epoch=EPOCH,
@@ -163,12 +165,13 @@ def test_a_frame_outside_its_lease_closes_the_connection(changes, reason, status
     ("data", "reason"),
     [
         (
-            b"GET / HTTP/1.1\r\nHost: localhost\r\nUser-Agent: curl/8.0\r\nAccept: */*\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+            b"User-Agent: curl/8.10.1\r\nAccept: */*\r\n\r\n" + bytes(80),
             "bad_magic",
         ),
         (b"\x16\x03\x01" + bytes(200), "bad_magic"),
         (b"ISKV\x01" + bytes(200), "bad_version"),
-        (b"ISKV\x02\xff" + bytes(200), "bad_flags"),
+        (b"ISKV\x03\xff" + bytes(200), "bad_flags"),
     ],
     ids=["http", "tls", "version", "flags"],
 )
@@ -267,6 +270,37 @@ def test_one_damaged_frame_spoils_the_whole_push() -> None:
         assert answer_on(sock) is PushStatus.CORRUPT
 
 
+def test_a_push_that_was_begun_again_shuts_the_earlier_one_out() -> None:
+    good, late = os.urandom(BLOCK_BYTES), bytes(BLOCK_BYTES)
+    with (
+        HostMemory() as memory,
+        an_intake(memory, timeout_s=60) as intake,
+        connected(intake) as first,
+        connected(intake) as second,
+        connected(intake) as third,
+    ):
+        first.sendall(GOOD.to_bytes() + late[:-1])
+        eventually(lambda: LEASE_ID in intake.gate._busy)
+        second.sendall(replace(GOOD, push=2).to_bytes() + good)
+        assert answer_on(second) is PushStatus.WRITTEN
+        assert is_closed(first)
+        third.sendall(GOOD.to_bytes() + late)  # what was stuck somewhere and comes now
+        assert answer_on(third) is PushStatus.LEASE_LOST
+        assert memory.rows()[9].tobytes() == good
+        third.sendall(replace(GOOD, writer_id=2).to_bytes() + good)  # another rank of the sender
+        assert answer_on(third) is PushStatus.WRITTEN
+
+
+def test_a_lease_has_as_many_writers_as_a_worker_has_ranks() -> None:
+    with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
+        for writer_id in range(MAX_RANKS):
+            sock.sendall(replace(GOOD, writer_id=writer_id).to_bytes() + bytes(BLOCK_BYTES))
+            assert answer_on(sock) is PushStatus.WRITTEN
+        sock.sendall(replace(GOOD, writer_id=MAX_RANKS).to_bytes())
+        assert answer_on(sock) is PushStatus.REFUSED
+        eventually(lambda: intake.dropped == {"too_many_writers": 1})
+
+
 def test_too_many_connections_are_refused() -> None:
     with HostMemory() as memory, an_intake(memory, max_connections=1) as intake:
         with connected(intake) as first:
@@ -310,6 +344,8 @@ def test_the_writer_connects_again_when_its_connection_has_gone() -> None:
             written(writer, local, whole)
             assert writer._socket is not None
             writer._socket.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(PeerUnavailableError, match="data port"):
+                written(writer, local, whole)
             assert written(writer, local, whole) == BLOCK_BYTES
         with pytest.raises(PeerUnavailableError, match="data port"):
             written(writer, local, whole)

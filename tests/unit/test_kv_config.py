@@ -34,6 +34,7 @@ def test_what_is_no_address_is_named(text: str) -> None:
         {"max_data_connections": -1},
         {"data_address": "nowhere"},
         {"data_plane": "shm"},
+        {"checksums": "always"},
     ],
     ids=str,
 )

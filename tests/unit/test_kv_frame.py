@@ -21,7 +21,8 @@ u32, u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 headers = st.builds(
     FrameHeader,
     flags=st.sampled_from([FrameFlag(value) for value in range(4)]),
-    push=u32,
+    writer_id=u64,
+    push=u64,
     lease_id=u64,
     epoch=u64,
     block_id=u32,
@@ -40,7 +41,7 @@ def test_a_header_comes_back_as_it_was(header: FrameHeader) -> None:
     assert header_from(data) == header
 
 
-@given(st.sampled_from(PushStatus), u32, u64)
+@given(st.sampled_from(PushStatus), u64, u64)
 def test_an_answer_comes_back_as_it_was(status: PushStatus, push: int, lease_id: int) -> None:
     answer = PushAnswer(status, push, lease_id)
     data = answer.to_bytes()
@@ -60,7 +61,7 @@ def test_noise_is_no_header(data: bytes) -> None:
 )
 def test_a_foreign_header_is_named(place: int, value: int, reason: str) -> None:
     data = bytearray(
-        FrameHeader(FrameFlag.LAST, 1, 2, 3, 4, 5, 6, Box(1, 2, 3, 4), 7, 8).to_bytes()
+        FrameHeader(FrameFlag.LAST, 9, 1, 2, 3, 4, 5, 6, Box(1, 2, 3, 4), 7, 8).to_bytes()
     )
     data[place] = value
     with pytest.raises(FrameError, match=reason):

@@ -48,7 +48,7 @@ class FirstToken(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprobs: _Optional[_Union[_sampling_pb2.TokenLogprobs, _Mapping]] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., num_cached_tokens: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ...) -> None: ...
 
 class HandoverReport(_message.Message):
-    __slots__ = ("num_bytes", "num_tokens", "num_cached_tokens", "reserve_ns", "transfer_ns", "commit_ns", "exposed_ns", "data_plane")
+    __slots__ = ("num_bytes", "num_tokens", "num_cached_tokens", "reserve_ns", "transfer_ns", "commit_ns", "exposed_ns", "data_plane", "retransfers")
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class HandoverReport(_message.Message):
     COMMIT_NS_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_NS_FIELD_NUMBER: _ClassVar[int]
     DATA_PLANE_FIELD_NUMBER: _ClassVar[int]
+    RETRANSFERS_FIELD_NUMBER: _ClassVar[int]
     num_bytes: int
     num_tokens: int
     num_cached_tokens: int
@@ -65,7 +66,8 @@ class HandoverReport(_message.Message):
     commit_ns: int
     exposed_ns: int
     data_plane: str
-    def __init__(self, num_bytes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., reserve_ns: _Optional[int] = ..., transfer_ns: _Optional[int] = ..., commit_ns: _Optional[int] = ..., exposed_ns: _Optional[int] = ..., data_plane: _Optional[str] = ...) -> None: ...
+    retransfers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, num_bytes: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., reserve_ns: _Optional[int] = ..., transfer_ns: _Optional[int] = ..., commit_ns: _Optional[int] = ..., exposed_ns: _Optional[int] = ..., data_plane: _Optional[str] = ..., retransfers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)
