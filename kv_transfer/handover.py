@@ -15,6 +15,7 @@ from kv_transfer.report import HandoverReport
 from kv_transfer.reshard import num_handover_bytes
 from kv_transfer.sending_rank import RankLink
 from kv_transfer.session import Session, outcome_of
+from kv_transfer.states import HANDOVERS, HandoverEvent, HandoverState
 from kv_transfer.together import together
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
 
@@ -60,7 +61,7 @@ class Handover:
         self._end_token = num_cached_tokens
         self._writes: set[asyncio.Future[int]] = set()
         self._failure: BaseException | None = None
-        self._is_committed = False
+        self._state = HandoverState.OPEN
         session.permits[permit.lease_id] = permit
 
     @property
@@ -84,7 +85,8 @@ class Handover:
     ) -> None:
         """Write the KV of tokens [first_token, first_token + num_tokens); returns when it is there.
 
-        Every rank here must have computed its part.
+        Every rank here must have computed its part. After a push that fails, all that is
+        left is to close.
 
         What the receiver has already (its cached prefix, earlier pushes) is skipped. The local
         blocks must not change before this returns, or, if it is cancelled, before `close` does.
@@ -101,6 +103,8 @@ class Handover:
             KvLeaseLostError: the receiver took the blocks back, or the lease ended.
             PeerUnavailableError, KvCorruptionError: the bytes did not arrive.
         """
+        if self._failure is not None:
+            raise self._failure
         first, end = self._end_token, first_token + num_tokens
         if end <= first:
             return
@@ -126,6 +130,7 @@ class Handover:
             num_bytes = await self._write(parts_of_shard)
         except Exception as error:
             self._failure = self._failure or error
+            self._move(HandoverEvent.WRITE_FAILED)
             raise
         if num_bytes != num_handover_bytes(self.session.offer.layout, end - first):
             raise AssertionError(f"wrote {num_bytes} bytes for {end - first} tokens")
@@ -143,6 +148,9 @@ class Handover:
             raise self._failure
         if self._end_token != self._num_tokens:
             raise ValueError(f"commit at token {self._end_token} of {self._num_tokens}")
+        if self._writes:
+            raise ValueError("commit while a push is under way")
+        self._move(HandoverEvent.COMMIT_ASKED)
         self.report.commit_start_ns = time.time_ns()
         request = pb.CommitRequest(
             epoch=self.session.offer.epoch,
@@ -150,8 +158,12 @@ class Handover:
             num_bytes=self.report.num_bytes,
             first_token_id=first_token_id,
         )
-        await self._call_commit(request)
-        self._is_committed = True
+        try:
+            await self._call_commit(request)
+        except BaseException:
+            self._move(HandoverEvent.COMMIT_FAILED)
+            raise
+        self._move(HandoverEvent.COMMIT_ANSWERED)
         self.report.commit_end_ns = time.time_ns()
         self.report.outcome = "committed"
 
@@ -160,17 +172,21 @@ class Handover:
 
         Shield it: `KvSender` does.
         """
+        self._move(HandoverEvent.CLOSE_ASKED)
         self._permit.stop()
-        if self._writes:
-            await asyncio.wait(self._writes)
+        if self._state is HandoverState.STOPPING:
+            if self._writes:
+                await asyncio.wait(self._writes)
+            self._move(HandoverEvent.WRITES_ENDED)
         self.session.permits.pop(self._permit.lease_id, None)
-        if not self._is_committed:
+        if self._state is HandoverState.RELEASING:
             await self.peer.release(self.session.offer.epoch, self._permit.lease_id)
+            self._move(HandoverEvent.RELEASE_ENDED)
         self.session.leave()
 
     def fail(self, error: BaseException) -> None:
         """Note why the handover ends without a commit."""
-        if not self._is_committed:
+        if self.report.outcome != "committed":
             self.report.outcome = outcome_of(error)
 
     def _cut_shards(
@@ -224,6 +240,10 @@ class Handover:
         self._writes.discard(write)
         if not write.cancelled():
             write.exception()  # its push may have been cancelled, so that nobody looks at it
+
+    def _move(self, event: HandoverEvent) -> None:
+        name = f"handover of request {self.request_id}"
+        self._state = HANDOVERS.after(self._state, event, name)
 
     async def _call_commit(self, request: pb.CommitRequest) -> None:
         try:

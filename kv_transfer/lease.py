@@ -4,44 +4,9 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from engine.errors import DuplicateRequestError, KvLeaseLostError
-
-
-class LeaseState(StrEnum):
-    RESERVED = "reserved"
-    """Its owner may write."""
-    COMMITTING = "committing"
-    """Its owner says that all is written; the engine is being told."""
-    COMMITTED = "committed"
-    """The blocks belong to the sequence."""
-    REVOKED = "revoked"
-    """Quarantine: nobody may begin to write, but a write may still be under way."""
-    FREED = "freed"
-    """The blocks are back in the pool."""
-
-
-MOVES: dict[LeaseState, frozenset[LeaseState]] = {
-    LeaseState.RESERVED: frozenset({LeaseState.COMMITTING, LeaseState.REVOKED}),
-    LeaseState.COMMITTING: frozenset({LeaseState.COMMITTED, LeaseState.REVOKED}),
-    LeaseState.REVOKED: frozenset({LeaseState.FREED}),
-    LeaseState.COMMITTED: frozenset(),
-    LeaseState.FREED: frozenset(),
-}
-
-
-class EndReason(StrEnum):
-    """Why a lease ended; a metric label."""
-
-    COMMITTED = "committed"
-    RELEASED = "released"
-    """Given back by its owner."""
-    EXPIRED = "expired"
-    ABORTED = "aborted"
-    """The decode side gave the request up."""
-    REFUSED = "refused"
-    """The commit did not fit what was reserved, or the engine did not take it."""
+from kv_transfer.states import LEASES, LeaseEvent, LeaseState
 
 
 @dataclass(slots=True)
@@ -51,13 +16,14 @@ class Lease:
     lease_id: int
     request_id: str
     owner: str
-    block_ids: tuple[int, ...]
-    num_cached_tokens: int
     num_tokens: int
     granted_s: float
+    """When it came in line, until it was granted."""
     expires_s: float
-    state: LeaseState = LeaseState.RESERVED
-    end_reason: EndReason | None = None
+    block_ids: tuple[int, ...] = ()
+    num_cached_tokens: int = 0
+    state: LeaseState = LeaseState.WAITING
+    end_reason: LeaseEvent | None = None
 
 
 def _random_id() -> int:
@@ -66,7 +32,7 @@ def _random_id() -> int:
 
 
 class LeaseTable:
-    """Every lease that is live, in quarantine, or ended a short while ago.
+    """Every lease that waits, is live, is in quarantine, or ended a short while ago.
 
     Ended leases are remembered for `retention_s` so that a repeated Commit or Release gets the
     answer of the first one. One thread changes it; another may read the counts.
@@ -88,108 +54,112 @@ class LeaseTable:
         self._new_id = new_id
         self._leases: dict[int, Lease] = {}
         self._held: dict[str, Lease] = {}
-        self.ended: Counter[EndReason] = Counter()
+        self.ended: Counter[LeaseEvent] = Counter()
+        """Leases that had been granted, by why they ended."""
+
+    @property
+    def num_waiting(self) -> int:
+        return self._count(LeaseState.WAITING)
 
     @property
     def num_live(self) -> int:
-        return sum(not self._is_revoked(lease) for lease in list(self._held.values()))
+        return self._count(LeaseState.RESERVED) + self._count(LeaseState.COMMITTING)
 
     @property
     def num_quarantined(self) -> int:
-        return sum(self._is_revoked(lease) for lease in list(self._held.values()))
+        return self._count(LeaseState.REVOKED)
 
-    def grant(
-        self,
-        request_id: str,
-        *,
-        owner: str,
-        block_ids: Sequence[int],
-        num_cached_tokens: int,
-        num_tokens: int,
-        lease_s: float,
-    ) -> Lease:
-        """Record who may write into blocks that were just taken.
+    def wait(self, request_id: str, *, owner: str, num_tokens: int) -> Lease:
+        """Put a request in line for blocks.
 
         Raises:
-            DuplicateRequestError: the request holds blocks here; the table is unchanged.
+            DuplicateRequestError: it waits or holds blocks here; the table is unchanged.
         """
         if request_id in self._held:
-            raise DuplicateRequestError(f"request {request_id} holds reserved blocks already")
+            raise DuplicateRequestError(f"blocks are reserved for request {request_id} already")
         lease_id = self._new_id()
         assert lease_id not in self._leases, f"lease id {lease_id} drawn twice"
         now_s = self._clock()
-        lease = Lease(
-            lease_id=lease_id,
-            request_id=request_id,
-            owner=owner,
-            block_ids=tuple(block_ids),
-            num_cached_tokens=num_cached_tokens,
-            num_tokens=num_tokens,
-            granted_s=now_s,
-            expires_s=now_s + min(lease_s, self._max_lease_s),
-        )
+        lease = Lease(lease_id, request_id, owner, num_tokens, granted_s=now_s, expires_s=now_s)
         self._leases[lease_id] = self._held[request_id] = lease
         return lease
 
+    def grant(
+        self, lease: Lease, *, block_ids: Sequence[int], num_cached_tokens: int, lease_s: float
+    ) -> None:
+        """Let the owner write into blocks that were just taken, from now on."""
+        self._move(lease, LeaseEvent.GRANTED)
+        lease.block_ids = tuple(block_ids)
+        lease.num_cached_tokens = num_cached_tokens
+        lease.granted_s = self._clock()
+        lease.expires_s = lease.granted_s + min(lease_s, self._max_lease_s)
+
     def held_by(self, request_id: str) -> Lease | None:
-        """The lease under which blocks are held for this request, in quarantine or not."""
+        """The lease under which a request waits or holds blocks, in quarantine or not."""
         return self._held.get(request_id)
 
     def get(self, lease_id: int) -> Lease | None:
-        """Also a lease that ended a short while ago."""
-        return self._leases.get(lease_id)
+        """One that was granted, also if it ended a short while ago."""
+        lease = self._leases.get(lease_id)
+        return None if lease is None or lease.state is LeaseState.WAITING else lease
 
     def renew(self, lease_ids: Iterable[int], lease_s: float) -> list[int]:
         """Move the ends of live leases; returns those that are lost, which are unchanged."""
         now_s = self._clock()
         lost = []
         for lease_id in lease_ids:
-            lease = self._leases.get(lease_id)
-            if lease is None or lease.state is LeaseState.REVOKED or self._is_over(lease, now_s):
+            lease = self.get(lease_id)
+            if lease is None or self._is_over(lease):
                 lost.append(lease_id)
-            elif lease.state is LeaseState.RESERVED:
+                continue
+            self._move(lease, LeaseEvent.RENEWED)
+            if lease.state is LeaseState.RESERVED:
                 wanted_s = now_s + min(lease_s, self._max_lease_s)
                 end_s = min(wanted_s, lease.granted_s + self._max_hold_s)
                 lease.expires_s = max(lease.expires_s, end_s)
         return lost
 
-    def begin_commit(self, lease: Lease) -> None:
-        """Raises KvLeaseLostError when the lease is over; it is unchanged then."""
-        if lease.state is not LeaseState.RESERVED or self._is_over(lease, self._clock()):
+    def begin_commit(self, lease: Lease) -> bool:
+        """True when the commit is to be carried out: it is the first one.
+
+        Raises:
+            KvLeaseLostError: the lease is over; it is unchanged.
+        """
+        if self._is_over(lease):
             raise KvLeaseLostError(
                 f"lease {lease.lease_id} of request {lease.request_id} is over"
-                f" ({lease.end_reason or EndReason.EXPIRED})"
+                f" ({lease.end_reason or LeaseEvent.EXPIRED})"
             )
-        self._move(lease, LeaseState.COMMITTING)
+        return self._move(lease, LeaseEvent.COMMIT_ASKED)
 
     def finish_commit(self, lease: Lease) -> None:
-        self._move(lease, LeaseState.COMMITTED)
-        self._end(lease, EndReason.COMMITTED)
+        self._move(lease, LeaseEvent.COMMITTED)
+        self._end(lease, LeaseEvent.COMMITTED)
         del self._held[lease.request_id]
 
-    def revoke(self, lease: Lease, reason: EndReason) -> bool:
+    def revoke(self, lease: Lease, reason: LeaseEvent) -> bool:
         """Into quarantine; False when the lease has ended or is there already."""
-        if LeaseState.REVOKED not in MOVES[lease.state]:
+        was_granted = lease.state is not LeaseState.WAITING
+        if not self._move(lease, reason):
             return False
-        self._move(lease, LeaseState.REVOKED)
-        self._end(lease, reason)
+        if was_granted:
+            self._end(lease, reason)
         return True
 
     def expire(self) -> list[Lease]:
         """Revoke every lease whose time is over and that nobody is committing."""
-        now_s = self._clock()
         over = [
             lease
             for lease in self._held.values()
-            if lease.state is LeaseState.RESERVED and self._is_over(lease, now_s)
+            if lease.state is LeaseState.RESERVED and self._is_over(lease)
         ]
         for lease in over:
-            self.revoke(lease, EndReason.EXPIRED)
+            self.revoke(lease, LeaseEvent.EXPIRED)
         return over
 
     def freed(self, lease: Lease) -> None:
         """The blocks of a revoked lease are back in the pool: no write can reach them."""
-        self._move(lease, LeaseState.FREED)
+        self._move(lease, LeaseEvent.FENCED)
         del self._held[lease.request_id]
 
     def purge(self) -> list[int]:
@@ -198,29 +168,29 @@ class LeaseTable:
         old = [
             lease_id
             for lease_id, lease in self._leases.items()
-            if not MOVES[lease.state] and now_s >= lease.expires_s + self._retention_s
+            if LEASES.is_final(lease.state) and now_s >= lease.expires_s + self._retention_s
         ]
         for lease_id in old:
             del self._leases[lease_id]
         return old
 
-    def _end(self, lease: Lease, reason: EndReason) -> None:
+    def _end(self, lease: Lease, reason: LeaseEvent) -> None:
         lease.end_reason = reason
         self.ended[reason] += 1
 
-    @staticmethod
-    def _move(lease: Lease, state: LeaseState) -> None:
-        assert state in MOVES[lease.state], (
-            f"lease {lease.lease_id} of {lease.request_id} cannot go from {lease.state} to {state}"
-        )
-        lease.state = state
+    def _is_over(self, lease: Lease) -> bool:
+        """Also when its time is over and nobody has looked since."""
+        if lease.state is LeaseState.RESERVED:
+            return self._clock() >= lease.expires_s
+        return lease.state in {LeaseState.REVOKED, LeaseState.FREED}
+
+    def _count(self, state: LeaseState) -> int:
+        return sum(lease.state is state for lease in list(self._held.values()))
 
     @staticmethod
-    def _is_over(lease: Lease, now_s: float) -> bool:
-        return lease.state is LeaseState.FREED or (
-            lease.state is LeaseState.RESERVED and now_s >= lease.expires_s
-        )
-
-    @staticmethod
-    def _is_revoked(lease: Lease) -> bool:
-        return lease.state is LeaseState.REVOKED
+    def _move(lease: Lease, event: LeaseEvent) -> bool:
+        """False when the event changed nothing."""
+        before = lease.state
+        name = f"lease {lease.lease_id} of request {lease.request_id}"
+        lease.state = LEASES.after(before, event, name)
+        return lease.state is not before

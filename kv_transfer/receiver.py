@@ -12,23 +12,22 @@ from typing import Self, TypeVar
 
 from engine.errors import (
     CapacityError,
-    DuplicateRequestError,
     InvalidRequestError,
     IsthmusError,
     KvLeaseLostError,
     UnknownRequestError,
 )
 from engine.kv_cache.layout import KvLayout
-from engine.runtime.commands import Reservation
 from kv_transfer.block_lender import BlockLender
 from kv_transfer.config import TransferConfig
 from kv_transfer.counters import ReceiverCounters
 from kv_transfer.group_layout import GroupLayout
-from kv_transfer.lease import EndReason, Lease, LeaseState, LeaseTable
+from kv_transfer.lease import Lease, LeaseTable
 from kv_transfer.offer import PROTOCOL_VERSION, Offer, RankOffer, check_same
 from kv_transfer.plane import WriteWindow
 from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.reshard import num_handover_bytes
+from kv_transfer.states import LeaseEvent, LeaseState
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ class KvReceiver:
         self._config = config
         self._table = LeaseTable(clock, max_lease_s=config.lease_s, max_hold_s=config.max_hold_s)
         self._endings: dict[int, _Ending] = {}
-        self._pending: dict[str, asyncio.Timeout] = {}
+        self._waits: dict[int, asyncio.Timeout] = {}
         self._num_committed_tokens = 0
         self._stack = AsyncExitStack()
         self._tasks = asyncio.TaskGroup()
@@ -107,7 +106,7 @@ class KvReceiver:
         return ReceiverCounters(
             num_live_leases=self._table.num_live,
             num_quarantined_leases=self._table.num_quarantined,
-            num_waiting_reserves=len(self._pending),
+            num_waiting_reserves=self._table.num_waiting,
             num_committed_tokens=self._num_committed_tokens,
             num_committed_bytes=num_handover_bytes(self.layout, self._num_committed_tokens),
             ended_leases={str(reason): n for reason, n in dict(self._table.ended).items()},
@@ -167,24 +166,22 @@ class KvReceiver:
                 f" {layout.block_size_tokens}"
             )
         await self._wait_for_quarantine(request_id)
-        reservation = await self._reserve_blocks(request_id, num_tokens, block_hashes)
-        lease = self._table.grant(
-            request_id,
-            owner=owner,
-            block_ids=reservation.block_ids,
-            num_cached_tokens=reservation.num_cached_tokens,
-            num_tokens=num_tokens,
-            lease_s=lease_s,
-        )
+        lease = self._table.wait(request_id, owner=owner, num_tokens=num_tokens)
         loop = asyncio.get_running_loop()
         self._endings[lease.lease_id] = _Ending(loop.create_future(), loop.create_future())
+        try:
+            await self._take_blocks(lease, block_hashes, lease_s)
+        except BaseException:
+            self._table.revoke(lease, LeaseEvent.WITHDRAWN)
+            self._reclaim(lease)
+            raise
         window = WriteWindow(
             lease.lease_id, lease.block_ids, lease.num_cached_tokens, lease.num_tokens
         )
         try:
             await self._group.open(window)
         except BaseException:
-            if self._table.revoke(lease, EndReason.REFUSED):
+            if self._table.revoke(lease, LeaseEvent.REFUSED):
                 self._reclaim(lease)
             raise
         return lease
@@ -208,19 +205,16 @@ class KvReceiver:
         if lease is None:
             raise KvLeaseLostError(f"lease {lease_id} is over")
         committed = self._endings[lease_id].committed
-        if lease.state is LeaseState.RESERVED:
-            self._table.begin_commit(lease)
+        if not committed.done() and self._table.begin_commit(lease):
             work = self._commit(lease, num_bytes, first_token_id)
             self._spawn(work, f"kv-commit-{lease.request_id}")
-        elif not committed.done() and lease.state is not LeaseState.COMMITTING:
-            self._table.begin_commit(lease)  # revoked: raises
         await asyncio.shield(committed)
 
     async def release(self, epoch: int, lease_id: int) -> int:
         """Give a lease back; returns its blocks once they are free. Over already: harmless."""
         if epoch != self.epoch or (lease := self._table.get(lease_id)) is None:
             return 0
-        return await self._end(lease, EndReason.RELEASED)
+        return await self._end(lease, LeaseEvent.RELEASED)
 
     async def abort(self, request_id: str) -> int:
         """Take back what is reserved for a request, its writer notwithstanding.
@@ -228,11 +222,8 @@ class KvReceiver:
         Call before `engine.abort`: returns once no write can reach the blocks and they are free.
         Unknown ids: 0. A commit that is under way is waited for first.
         """
-        waiting = self._pending.get(request_id)
-        if waiting is not None:
-            waiting.reschedule(asyncio.get_running_loop().time())
         lease = self._table.held_by(request_id)
-        return 0 if lease is None else await self._end(lease, EndReason.ABORTED)
+        return 0 if lease is None else await self._end(lease, LeaseEvent.ABORTED)
 
     def sweep(self) -> None:
         """Revoke leases whose time is over and forget old ones; called every SWEEP_INTERVAL_S."""
@@ -245,14 +236,18 @@ class KvReceiver:
         if old:
             self._spawn(self._forget(old), "kv-forget")
 
-    async def _end(self, lease: Lease, reason: EndReason) -> int:
+    async def _end(self, lease: Lease, reason: LeaseEvent) -> int:
         ending = self._endings[lease.lease_id]
         if lease.state is LeaseState.COMMITTING:
             await asyncio.wait([ending.committed])
+        is_waiting = lease.state is LeaseState.WAITING
+        if self._table.revoke(lease, reason):
+            if is_waiting:  # `reserve` reclaims it, as soon as the engine lets it go
+                self._waits[lease.lease_id].reschedule(asyncio.get_running_loop().time())
+            else:
+                self._reclaim(lease)
         if lease.state is LeaseState.COMMITTED:
             return 0
-        if self._table.revoke(lease, reason):
-            self._reclaim(lease)
         return await asyncio.shield(ending.num_freed_blocks)
 
     def _reclaim(self, lease: Lease) -> None:
@@ -281,7 +276,7 @@ class KvReceiver:
         except Exception as error:  # noqa: BLE001 - raised again where the future is awaited
             if isinstance(error, UnknownRequestError):
                 error = KvLeaseLostError(f"the reservation is gone: {error}")
-            self._table.revoke(lease, EndReason.REFUSED)
+            self._table.revoke(lease, LeaseEvent.REFUSED)
             self._reclaim(lease)
             _fail(committed, error)
             return
@@ -308,22 +303,30 @@ class KvReceiver:
         lease = self._table.held_by(request_id)
         if lease is not None and lease.state is LeaseState.REVOKED:
             await asyncio.shield(self._endings[lease.lease_id].num_freed_blocks)
-        if self._table.held_by(request_id) is not None or request_id in self._pending:
-            raise DuplicateRequestError(f"blocks are reserved for request {request_id} already")
 
-    async def _reserve_blocks(
-        self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]
-    ) -> Reservation:
-        """As the engine's reserve, but `abort` can end it too."""
-        waiting = asyncio.timeout(None)
-        self._pending[request_id] = waiting
+    async def _take_blocks(
+        self, lease: Lease, block_hashes: Sequence[bytes], lease_s: float
+    ) -> None:
+        """Grant a lease what the engine gives; raises when it was aborted meanwhile."""
+        wait = self._waits[lease.lease_id] = asyncio.timeout(None)
         try:
-            async with waiting:
-                return await self._engine.reserve(request_id, num_tokens, block_hashes)
+            async with wait:
+                reservation = await self._engine.reserve(
+                    lease.request_id, lease.num_tokens, block_hashes
+                )
         except TimeoutError:
-            raise UnknownRequestError(f"request {request_id} was aborted") from None
+            if lease.state is LeaseState.WAITING:
+                raise  # the engine's own
         finally:
-            del self._pending[request_id]
+            del self._waits[lease.lease_id]
+        if lease.state is not LeaseState.WAITING:  # the abort may have come after the blocks
+            raise UnknownRequestError(f"request {lease.request_id} was aborted")
+        self._table.grant(
+            lease,
+            block_ids=reservation.block_ids,
+            num_cached_tokens=reservation.num_cached_tokens,
+            lease_s=lease_s,
+        )
 
     def _check_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from engine.errors import DuplicateRequestError, KvLeaseLostError
-from kv_transfer.lease import MOVES, EndReason, Lease, LeaseState, LeaseTable
+from kv_transfer.lease import Lease, LeaseTable
+from kv_transfer.states import LEASES, LeaseEvent, LeaseState
 from tests.fakes.clock import FakeClock
 
 
@@ -15,14 +16,21 @@ def table_with(clock: FakeClock) -> LeaseTable:
 
 
 def grant(table: LeaseTable, request_id: str = "r", lease_s: float = 5.0) -> Lease:
-    return table.grant(
-        request_id, owner="p", block_ids=[1, 2], num_cached_tokens=0, num_tokens=8, lease_s=lease_s
-    )
+    lease = table.wait(request_id, owner="p", num_tokens=8)
+    table.grant(lease, block_ids=[1, 2], num_cached_tokens=0, lease_s=lease_s)
+    return lease
 
 
-def test_every_state_has_its_moves() -> None:
-    assert set(MOVES) == set(LeaseState)
-    assert set().union(*MOVES.values()) == set(LeaseState) - {LeaseState.RESERVED}
+def test_a_lease_that_waits_is_nobodys_to_renew_or_to_end_by_its_number() -> None:
+    table = table_with(FakeClock())
+    lease = table.wait("r", owner="p", num_tokens=8)
+    assert table.get(lease.lease_id) is None
+    assert table.renew([lease.lease_id], 5.0) == [lease.lease_id]
+    assert (table.num_waiting, table.num_live) == (1, 0)
+    assert table.revoke(lease, LeaseEvent.ABORTED)
+    table.freed(lease)
+    assert table.held_by("r") is None
+    assert not table.ended  # nothing was granted
 
 
 def test_a_request_holds_one_lease_at_a_time() -> None:
@@ -30,7 +38,7 @@ def test_a_request_holds_one_lease_at_a_time() -> None:
     lease = grant(table)
     with pytest.raises(DuplicateRequestError):
         grant(table)
-    table.revoke(lease, EndReason.RELEASED)
+    table.revoke(lease, LeaseEvent.RELEASED)
     with pytest.raises(DuplicateRequestError):
         grant(table)  # in quarantine
     table.freed(lease)
@@ -84,7 +92,7 @@ def test_a_commit_under_way_does_not_expire() -> None:
     clock.advance(100)
     assert table.expire() == []
     table.finish_commit(lease)
-    assert table.ended == {EndReason.COMMITTED: 1}
+    assert table.ended == {LeaseEvent.COMMITTED: 1}
 
 
 def test_ended_leases_are_remembered_for_a_while() -> None:
@@ -104,7 +112,7 @@ def test_ended_leases_are_remembered_for_a_while() -> None:
 def test_an_impossible_move_is_a_bug() -> None:
     table = table_with(FakeClock())
     lease = grant(table)
-    with pytest.raises(AssertionError, match="cannot go from reserved to freed"):
+    with pytest.raises(AssertionError, match="cannot be fenced when it is reserved"):
         table.freed(lease)
 
 
@@ -133,18 +141,12 @@ class Handovers(RuleBasedStateMachine):
         request_id = f"r{request}"
         is_held = self.table.held_by(request_id) is not None
         try:
-            lease = self.table.grant(
-                request_id,
-                owner="p",
-                block_ids=block_ids,
-                num_cached_tokens=0,
-                num_tokens=num_blocks,
-                lease_s=lease_s,
-            )
+            lease = self.table.wait(request_id, owner="p", num_tokens=num_blocks)
         except DuplicateRequestError:
             assert is_held
             return
         assert not is_held
+        self.table.grant(lease, block_ids=block_ids, num_cached_tokens=0, lease_s=lease_s)
         self.free -= set(block_ids)
         self.leases.append(lease)
         self.num_granted += 1
@@ -159,11 +161,13 @@ class Handovers(RuleBasedStateMachine):
         if self.writing:
             self.writing.remove(sorted(self.writing)[pick % len(self.writing)])
 
-    @rule(pick=st.integers(0, 30), reason=st.sampled_from([EndReason.RELEASED, EndReason.ABORTED]))
-    def revoke(self, pick: int, reason: EndReason) -> None:
+    @rule(
+        pick=st.integers(0, 30), reason=st.sampled_from([LeaseEvent.RELEASED, LeaseEvent.ABORTED])
+    )
+    def revoke(self, pick: int, reason: LeaseEvent) -> None:
         if self.leases:
             lease = self.leases[pick % len(self.leases)]
-            could = LeaseState.REVOKED in MOVES[lease.state]
+            could = lease.state is LeaseState.RESERVED
             assert self.table.revoke(lease, reason) is could
 
     @rule(pick=st.integers(0, 30))
@@ -175,11 +179,14 @@ class Handovers(RuleBasedStateMachine):
             return
         is_live = lease.state is LeaseState.RESERVED and self.clock() < lease.expires_s
         try:
-            self.table.begin_commit(lease)
+            is_first = self.table.begin_commit(lease)
         except KvLeaseLostError:
             assert not is_live
             return
-        assert is_live
+        assert is_first is is_live
+        if not is_first:
+            assert lease.state is LeaseState.COMMITTED
+            return
         self.table.finish_commit(lease)
         self.owned_by_sequences |= set(lease.block_ids)
 
@@ -232,7 +239,10 @@ class Handovers(RuleBasedStateMachine):
     @invariant()
     def blocks_are_conserved(self) -> None:
         held = [
-            block_id for lease in self.leases if MOVES[lease.state] for block_id in lease.block_ids
+            block_id
+            for lease in self.leases
+            if not LEASES.is_final(lease.state)
+            for block_id in lease.block_ids
         ]
         everywhere = [*held, *self.free, *self.owned_by_sequences]
         assert sorted(everywhere) == list(range(12))
