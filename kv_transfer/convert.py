@@ -68,6 +68,7 @@ def rank_to_pb(box: RankBox, offer: RankOffer) -> pb.KvRank:
     return pb.KvRank(
         layers=box.layers,
         kv_heads=box.kv_heads,
+        data_shard=box.data_shard,
         shm=shm_to_pb(offer),
         tcp=tcp_to_pb(offer),
     )
@@ -85,7 +86,8 @@ def rank_offer_from(
 
 
 def _box_from(message: pb.KvRank) -> RankBox:
-    return RankBox(tuple(message.layers), tuple(message.kv_heads))
+    layers, kv_heads = tuple(message.layers), tuple(message.kv_heads)
+    return RankBox(layers, kv_heads, data_shard=message.data_shard)
 
 
 def lease_to_pb(lease: Lease) -> pb.ReserveResponse:

@@ -23,14 +23,18 @@ class RankBox:
     token_shard: int = 0
     """Ranks that split a prompt by tokens (sp) hold different shards of it. Which tokens are
     whose is said with each push. Ranks of one shard hold the same tokens."""
+    data_shard: int = 0
+    """Ranks that split requests (dp) hold different sequences. A sequence's block ids name its
+    shard: see `engine.scheduling.data_shard`."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupLayout:
-    """The KV of a worker, spread over its ranks. All ranks use the same block ids.
+    """The KV of a worker, spread over its ranks. Ranks of a data shard use the same block ids.
 
     Raises:
-        ValueError: a box is out of bounds, or the boxes do not make up the whole.
+        ValueError: a box is out of bounds, the boxes do not make up the whole, or data shards are
+            not alike.
     """
 
     full: KvLayout
@@ -52,6 +56,9 @@ class GroupLayout:
             raise ValueError(f"ranks list {num_entries} layers and heads, above {MAX_BOX_ENTRIES}")
         for rank, box in enumerate(self.boxes):
             self._check_box(rank, box)
+        first, *others = [self._boxes_of(shard) for shard in range(self.num_data_shards)]
+        if any(boxes != first for boxes in others):
+            raise ValueError("the data shards of a group must hold the same layers and heads")
         for shard in range(self.num_token_shards):
             self._check_whole(shard)
 
@@ -64,13 +71,26 @@ class GroupLayout:
         return 1 + max(box.token_shard for box in self.boxes)
 
     @property
+    def num_data_shards(self) -> int:
+        return 1 + max(box.data_shard for box in self.boxes)
+
+    @property
+    def one_shard(self) -> "GroupLayout":
+        """What each data shard looks like; its ranks are those of `shard_ranks`, in order."""
+        return self if self.num_data_shards == 1 else GroupLayout(self.full, self._boxes_of(0))
+
+    def shard_ranks(self, data_shard: int) -> tuple[int, ...]:
+        """The ranks of a data shard, ascending."""
+        return tuple(rank for rank, box in enumerate(self.boxes) if box.data_shard == data_shard)
+
+    @property
     def block_size_tokens(self) -> int:
         return self.full.block_size_tokens
 
     @property
     def bytes_per_token(self) -> int:
-        """Over all ranks: what a handover into this group moves for each token."""
-        num_cells = sum(len(box.layers) * len(box.kv_heads) for box in self.boxes)
+        """Over the ranks of a data shard: what a handover into this group moves for each token."""
+        num_cells = sum(len(box.layers) * len(box.kv_heads) for box in self._boxes_of(0))
         return num_cells * self.full.bytes_per_cell
 
     def rank_layout(self, rank: int) -> KvLayout:
@@ -93,12 +113,20 @@ class GroupLayout:
             raise ValueError(f"the layers of rank {rank} are not in ascending order")
         if not 0 <= box.token_shard < len(self.boxes):
             raise ValueError(f"token shard {box.token_shard} in a group of {len(self.boxes)} ranks")
+        if not 0 <= box.data_shard < len(self.boxes):
+            raise ValueError(f"data shard {box.data_shard} in a group of {len(self.boxes)} ranks")
+
+    def _boxes_of(self, data_shard: int) -> tuple[RankBox, ...]:
+        """As the boxes of a group that has one data shard."""
+        return tuple(
+            replace(box, data_shard=0) for box in self.boxes if box.data_shard == data_shard
+        )
 
     def _check_whole(self, shard: int) -> None:
         """The ranks of a shard hold every head of every layer."""
         heads_of_layer = [0] * self.full.num_layers
         for box in self.boxes:
-            if box.token_shard == shard:
+            if (box.data_shard, box.token_shard) == (0, shard):
                 mask = sum(1 << head for head in box.kv_heads)
                 for layer in box.layers:
                     heads_of_layer[layer] |= mask

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.errors import KvCorruptionError, KvLeaseLostError, PeerUnavailableError
+from engine.scheduling.data_shard import pool_blocks
 from kv_transfer.blocks import SlotRange, slot_ranges
 from kv_transfer.group_layout import GroupLayout
 from kv_transfer.peer import Peer
@@ -45,6 +46,7 @@ class Handover:
         num_cached_tokens: int,
         num_tokens: int,
         layout: GroupLayout,
+        num_blocks: int,
         report: HandoverReport,
         rpc_timeout_s: float,
     ) -> None:
@@ -57,6 +59,10 @@ class Handover:
         self.block_ids = tuple(block_ids)
         self._num_tokens = num_tokens
         self._layout = layout
+        self._num_blocks = num_blocks
+        self._receiver_shard, self._remote_blocks = pool_blocks(
+            self.block_ids, session.offer.num_blocks
+        )
         self._rpc_timeout_s = rpc_timeout_s
         self._end_token = num_cached_tokens
         self._writes: set[asyncio.Future[int]] = set()
@@ -112,13 +118,14 @@ class Handover:
             raise ValueError(
                 f"push of tokens [{first_token}, {end}) where [{first}, {self._num_tokens}) is left"
             )
+        data_shard, local_blocks = pool_blocks(local_block_ids, self._num_blocks)
         parts_of_shard: dict[int, list[SlotRange]] = {}
         for shard in self._cut_shards(shards, first_token, end):
             if shard.end_token > first:
                 parts_of_shard.setdefault(shard.token_shard, []).extend(
                     slot_ranges(
-                        local_block_ids,
-                        self.block_ids,
+                        local_blocks,
+                        self._remote_blocks,
                         local_size_tokens=self._layout.block_size_tokens,
                         remote_size_tokens=self.session.offer.layout.block_size_tokens,
                         first_token=max(first, shard.first_token),
@@ -127,7 +134,7 @@ class Handover:
                 )
         self._end_token = end
         try:
-            num_bytes = await self._write(parts_of_shard)
+            num_bytes = await self._write(parts_of_shard, data_shard)
         except Exception as error:
             self._failure = self._failure or error
             self._move(HandoverEvent.WRITE_FAILED)
@@ -209,11 +216,15 @@ class Handover:
             )
         return shards
 
-    async def _write(self, parts_of_shard: Mapping[int, Sequence[SlotRange]]) -> int:
+    async def _write(
+        self, parts_of_shard: Mapping[int, Sequence[SlotRange]], data_shard: int
+    ) -> int:
         report = self.report
         start_ns = report.computed_ns = time.time_ns()
         report.transfer_start_ns = report.transfer_start_ns or start_ns
-        work = self.session.work_for(parts_of_shard)
+        work = self.session.work_for(
+            parts_of_shard, data_shard=data_shard, receiver_shard=self._receiver_shard
+        )
         num_bytes = sum(await together([self._write_to(link, parts) for link, parts in work]))
         report.transfer_end_ns = time.time_ns()
         report.write_ns += report.transfer_end_ns - start_ns

@@ -6,7 +6,7 @@ from engine.errors import LayoutMismatchError
 from engine.kv_cache.layout import KvLayout
 from kv_transfer.group_layout import GroupLayout
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class _Piece:
 
 
 def reshard_plan(sender: GroupLayout, receiver: GroupLayout) -> tuple[Transfer, ...]:
-    """Everything that one token needs to stand on every rank of the receiver.
+    """Everything that one token needs to stand on every rank of the receiver; of one data shard.
 
     For each token shard of the sender, each head of each layer of each receiver rank is written
     by exactly one transfer. Where several ranks of a shard hold it, the work is shared so that
@@ -79,6 +79,7 @@ def reshard_plan(sender: GroupLayout, receiver: GroupLayout) -> tuple[Transfer, 
     Raises:
         ValueError: the layouts have different layers or heads, or the receiver's tokens are split.
     """
+    assert sender.num_data_shards == receiver.num_data_shards == 1, "a plan is for one data shard"
     shapes = [(g.full.num_layers, g.full.num_kv_heads) for g in (sender, receiver)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"layers and KV heads differ: {shapes[0]} there, {shapes[1]} here")

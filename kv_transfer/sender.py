@@ -17,6 +17,7 @@ from engine.errors import (
     LayoutMismatchError,
     PeerUnavailableError,
 )
+from engine.scheduling.data_shard import data_shard_of
 from kv_transfer import convert
 from kv_transfer.config import TransferConfig
 from kv_transfer.counters import SenderCounters
@@ -264,6 +265,7 @@ class KvSender:
             num_cached_tokens=response.num_cached_tokens,
             num_tokens=request.num_tokens,
             layout=self._group.layout,
+            num_blocks=self._group.num_blocks,
             report=report,
             rpc_timeout_s=self._config.rpc_timeout_s,
         )
@@ -336,7 +338,8 @@ def check_grant(response: pb.ReserveResponse, num_tokens: int, offer: Offer) -> 
     is_sound = (
         0 < response.lease_id < 1 << 62
         and len(block_ids) == len(set(block_ids)) == offer.layout.num_blocks_for(num_tokens)
-        and max(block_ids) < offer.num_blocks
+        and max(block_ids) < offer.num_blocks * offer.layout.num_data_shards
+        and len({data_shard_of(block_id, offer.num_blocks) for block_id in block_ids}) == 1
         and response.num_cached_tokens <= num_tokens
         and response.lease_ns > 0
     )

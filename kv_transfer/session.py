@@ -42,13 +42,25 @@ class Session:
                 shard_link.link.close()
 
     def work_for(
-        self, parts_of_shard: Mapping[int, Sequence[SlotRange]]
+        self,
+        parts_of_shard: Mapping[int, Sequence[SlotRange]],
+        *,
+        data_shard: int,
+        receiver_shard: int,
     ) -> list[tuple[RankLink, Sequence[SlotRange]]]:
-        """Which rank writes what of these tokens."""
+        """Which rank writes what of these tokens.
+
+        Args:
+            parts_of_shard: by token shard; blocks as the ranks' pools count them.
+            data_shard: here.
+            receiver_shard: there.
+        """
+        shards = data_shard, receiver_shard
         return [
             (shard_link.link, parts)
             for shard_link in self._links
-            if (parts := parts_of_shard.get(shard_link.token_shard))
+            if (shard_link.data_shard, shard_link.receiver_shard) == shards
+            and (parts := parts_of_shard.get(shard_link.token_shard))
         ]
 
 

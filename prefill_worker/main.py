@@ -95,7 +95,9 @@ async def serve(
             other_ranks(addresses, transfer, worker_id=identity.worker_id) as others,
             KvSender(
                 SendingGroup(
-                    kv_layout_of(engine), (LocalSendingRank(engine.kv_pool, transfer), *others)
+                    kv_layout_of(engine),
+                    engine.limits.num_blocks,
+                    (LocalSendingRank(engine.kv_pool, transfer), *others),
                 ),
                 sender_id=identity.worker_id,
                 model_digest=digest,

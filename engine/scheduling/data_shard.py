@@ -5,6 +5,7 @@ it also names the shard: shard d has ids [d * num_blocks, (d + 1) * num_blocks).
 shard's ranks blocks are counted from 0.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.scheduling.step_plan import StepPlan
@@ -13,6 +14,19 @@ from engine.scheduling.step_plan import StepPlan
 def data_shard_of(block_id: int, num_blocks: int) -> int:
     """The shard whose `num_blocks` blocks this one is among."""
     return block_id // num_blocks
+
+
+def pool_blocks(block_ids: Sequence[int], num_blocks: int) -> tuple[int, tuple[int, ...]]:
+    """A sequence's shard, and its blocks as the pools of the shard's ranks count them.
+
+    Raises:
+        ValueError: there is no block, or they lie on several shards.
+    """
+    shards = {data_shard_of(block_id, num_blocks) for block_id in block_ids}
+    if len(shards) != 1:
+        raise ValueError(f"{len(block_ids)} blocks on data shards {sorted(shards)}")
+    (shard,) = shards
+    return shard, tuple(block_id - shard * num_blocks for block_id in block_ids)
 
 
 def plans_by_shard(plan: StepPlan, num_shards: int, num_blocks: int) -> tuple[StepPlan, ...]:

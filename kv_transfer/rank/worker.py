@@ -15,7 +15,10 @@ from mesh.channel import open_channel
 
 def kv_layout_of(engine: ModelEngine) -> GroupLayout:
     """What each rank of the engine's worker holds."""
-    boxes = (RankBox(share.layers, share.kv_heads) for share in engine.kv_shares)
+    boxes = (
+        RankBox(share.layers, share.kv_heads, data_shard=share.data_shard)
+        for share in engine.kv_shares
+    )
     return GroupLayout(engine.full_kv_layout, tuple(boxes))
 
 

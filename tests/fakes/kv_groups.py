@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.kv_cache.layout import KvLayout
+from engine.scheduling.block_pool import BlockPool
 from kv_transfer.config import DataPlane
 from kv_transfer.group_layout import GroupLayout
 from kv_transfer.handover import TokenShard
@@ -39,9 +40,19 @@ class KvGroups:
     remote: Sequence[HostMemory]
     address: str
 
-    def hold(self, kv_TLJGX: Bytes, block_ids: Sequence[int], shards: Sequence[TokenShard]) -> None:
-        """Write a sequence into the sender's pools: each rank what it holds of its own tokens."""
+    def hold(
+        self,
+        kv_TLJGX: Bytes,
+        block_ids: Sequence[int],
+        shards: Sequence[TokenShard],
+        *,
+        data_shard: int = 0,
+    ) -> None:
+        """Write a sequence into the pools of a sender's data shard, by the pools' block ids: each
+        rank what it holds of its own tokens."""
         for box, memory in zip(self.sender_layout.boxes, self.local, strict=True):
+            if box.data_shard != data_shard:
+                continue
             own = kv_TLJGX[:, box.layers][:, :, :, box.kv_heads]
             for shard in shards:
                 if shard.token_shard == box.token_shard:
@@ -60,18 +71,20 @@ async def kv_groups(
     receiver_layout: GroupLayout,
     *,
     plane: str = "shm",
+    receiver_shard: int = 0,
     sending: Callable[[int, SendingRank], SendingRank] = lambda rank, local: local,
     receiving: Callable[[int, ReceivingRank], ReceivingRank] = lambda rank, local: local,
     follower: Callable[[str, int, KvLayout], Awaitable[tuple[HostMemory, RemoteRank]]]
     | None = None,
 ) -> AsyncIterator[KvGroups]:
-    """Both workers, joined by real gRPC.
+    """Both workers, joined by real gRPC. All sequences go to one data shard of the receiver.
 
     `sending` and `receiving` may replace single ranks; `follower` makes all but rank 0 of each
     worker elsewhere, given worker id, rank and layout.
     """
     config = replace(FAST, data_plane=DataPlane(plane), rpc_timeout_s=20.0, lease_s=20.0)
     engine = FakeEngine(num_blocks=NUM_BLOCKS, block_size_tokens=receiver_layout.block_size_tokens)
+    engine.block_pool = BlockPool(NUM_BLOCKS, receiver_shard * NUM_BLOCKS)
     async with AsyncExitStack() as stack:
 
         async def open_ranks(
@@ -111,7 +124,7 @@ async def kv_groups(
         address = await stack.enter_async_context(serving(receiver))
         sender = await stack.enter_async_context(
             KvSender(
-                SendingGroup(sender_layout, sources),
+                SendingGroup(sender_layout, NUM_BLOCKS, sources),
                 sender_id="prefill-0",
                 model_digest="abc",
                 open_channel=open_channel,

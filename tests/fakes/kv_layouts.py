@@ -32,12 +32,14 @@ def group_layout(
     tp: int = 1,
     pp: int = 1,
     sp: int = 1,
+    dp: int = 1,
     chunks: int = 1,
 ) -> GroupLayout:
-    """Ranks with tp fastest, then sp, then pp."""
+    """Ranks with tp fastest, then sp, pp, dp."""
     heads = tp_heads(num_query_heads or full.num_kv_heads * tp, full.num_kv_heads, tp)
     boxes = [
-        RankBox(layers, heads[tp_rank], shard)
+        RankBox(layers, heads[tp_rank], shard, data_shard)
+        for data_shard in range(dp)
         for layers in stage_layers(full.num_layers, pp, chunks)
         for shard in range(sp)
         for tp_rank in range(tp)

@@ -96,7 +96,7 @@ async def kv_pair(
         address = await stack.enter_async_context(serving(receiver))
         sender = await stack.enter_async_context(
             KvSender(
-                SendingGroup(GroupLayout.single(sender_layout), (source,)),
+                SendingGroup(GroupLayout.single(sender_layout), local.num_blocks, (source,)),
                 sender_id="prefill-0",
                 model_digest=sender_digest,
                 open_channel=open_channel,

@@ -18,7 +18,7 @@ from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.receiving_rank import ReceivingRank
 from kv_transfer.reshard import num_handover_bytes
 from kv_transfer.sending_rank import RankLink, SendingRank, Target
-from tests.fakes.kv_groups import Bytes, KvGroups, kv_groups
+from tests.fakes.kv_groups import NUM_BLOCKS, Bytes, KvGroups, kv_groups
 from tests.fakes.kv_layouts import group_layout
 
 NUM_TOKENS = 21
@@ -131,6 +131,45 @@ def assert_only(groups: KvGroups, rank: int, before: Bytes, block_ids: Sequence[
         num_slots = min(size, NUM_TOKENS - index * size)
         after[block_id, :, :, :, :num_slots] = before[block_id, :, :, :, :num_slots]
     np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("plane", ["shm", "tcp"])
+@pytest.mark.parametrize(("data_shard", "receiver_shard"), [(0, 0), (1, 0), (0, 2), (1, 1)])
+async def test_a_sequence_goes_from_its_data_shard_to_the_one_that_has_its_blocks(
+    data_shard: int, receiver_shard: int, plane: str
+) -> None:
+    sender = group_layout(GQA, tp=2, sp=2, dp=2)
+    receiver = group_layout(replace(GQA, block_size_tokens=6), tp=3, dp=3)
+    async with kv_groups(sender, receiver, plane=plane, receiver_shard=receiver_shard) as groups:
+        sequence = a_sequence(GQA)
+        block_ids = [9, 2, 7, 4, 0, 11]
+        shards = zigzag(0, NUM_TOKENS, 2)
+        groups.hold(sequence, block_ids, shards, data_shard=data_shard)
+        before = [memory.blocks().copy() for memory in groups.remote]
+        async with groups.sender.handover(
+            "r", decode_address=groups.address, num_tokens=NUM_TOKENS
+        ) as handover:
+            announced = [data_shard * NUM_BLOCKS + block_id for block_id in block_ids]
+            await handover.push(announced, 0, NUM_TOKENS, shards=shards)
+            await handover.commit(5)
+        assert handover.report.num_bytes == num_handover_bytes(receiver, NUM_TOKENS)
+        assert num_handover_bytes(receiver, 1) == num_handover_bytes(receiver.one_shard, 1)
+        in_pool = [block_id - receiver_shard * NUM_BLOCKS for block_id in handover.block_ids]
+        for rank, box in enumerate(receiver.boxes):
+            if box.data_shard != receiver_shard:
+                np.testing.assert_array_equal(groups.remote[rank].blocks(), before[rank])
+                continue
+            expected = sequence[:, box.layers][:, :, :, box.kv_heads]
+            np.testing.assert_array_equal(groups.arrived(rank, in_pool, NUM_TOKENS), expected)
+            assert_only(groups, rank, before[rank], in_pool)
+
+
+async def test_blocks_of_two_data_shards_are_no_sequence() -> None:
+    layouts = group_layout(GQA, dp=2), group_layout(GQA)
+    async with kv_groups(*layouts) as groups:
+        opened = await groups.sender.open("r", decode_address=groups.address, num_tokens=NUM_TOKENS)
+        with pytest.raises(ValueError, match=r"data shards \[0, 1\]"):
+            await opened.push([0, 1, NUM_BLOCKS], 0, 9)
 
 
 async def test_the_receivers_block_size_names_the_prefix() -> None:

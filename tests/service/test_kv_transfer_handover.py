@@ -124,7 +124,9 @@ async def test_another_protocol_version_is_refused() -> None:
                 num_parts=2,
             )
         )
-        with pytest.raises(aio.AioRpcError, match=r"protocol 99.*but.*protocol 3") as failure:
+        with pytest.raises(
+            aio.AioRpcError, match=rf"protocol 99.*but.*protocol {PROTOCOL_VERSION}"
+        ) as failure:
             await pb_grpc.KvTransferServiceStub(channel).Handshake(request)
         assert failure.value.code() is StatusCode.FAILED_PRECONDITION
 

@@ -209,6 +209,15 @@ def test_jobs_are_shared_out_whole_and_as_evenly_as_can_be(jobs: list[Job]) -> N
         ((RankBox((0, 1), (-1, 0, 1)),), r"KV heads of \[0, 2\)"),
         ((RankBox((1, 0), (0, 1)),), "ascending"),
         ((RankBox((0, 1), (0, 1), 1),), "token shard 1 in a group of 1"),
+        ((RankBox((0, 1), (0, 1), data_shard=1),), "data shard 1 in a group of 1"),
+        (
+            (RankBox((0, 1), (0, 1)), RankBox((0, 1), (1, 0), data_shard=1)),
+            "must hold the same layers",
+        ),
+        (
+            (RankBox((0, 1), (0, 1)), RankBox((0, 1), (0, 1), data_shard=2)) * 2,
+            "must hold the same layers",
+        ),
         (
             (RankBox((0, 1), (0, 1), 0), RankBox((0,), (0, 1), 1)),
             "shard 1 holds KV head 0 of layer 1",
