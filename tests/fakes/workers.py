@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from grpc import aio
 
-from engine.errors import IsthmusError, UnknownRequestError
+from engine.errors import IsthmusError, KvLeaseLostError, UnknownRequestError
 from mesh.channel import open_channel
 from mesh.server import listening
 from mesh.status import error_from_rpc, status_of
@@ -205,6 +205,8 @@ class FakeDecodeWorker(FakeWorker):
         return future
 
     def reserve(self, request_id: str) -> int:
+        if request_id in self.aborted:  # by a prefill worker that has not heard of it yet
+            raise KvLeaseLostError(f"{request_id} was aborted")
         self.num_reserved_ever += 1
         self._leases[self.num_reserved_ever] = request_id
         self.reserved.add(request_id)

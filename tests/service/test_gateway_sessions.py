@@ -291,6 +291,23 @@ async def test_a_call_cancelled_during_prefill_frees_both_workers():
         await prefill.until(lambda: prefill.aborted == [prefill.requests[0].request_id])
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+async def test_a_callers_deadline_frees_both_workers(phase):
+    prefill, decode = FakePrefillWorker("p0"), FakeDecodeWorker("d0")
+    (prefill if phase == "prefill" else decode).tap.close()
+    async with gateway_over(prefill, decode) as gateway, open_channel(gateway.grpc_address) as ch:
+        request = pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=PROMPT), sampling=SamplingParams(max_tokens=1000)
+        )
+        with pytest.raises(aio.AioRpcError) as caught:
+            async for _ in stub_of(ch).Generate(request, timeout=0.2):
+                pass
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await settled(gateway, prefill, decode)
+        assert decode.aborted == [decode.submitted[0].request_id]
+        assert gateway.count("isthmus_gateway_requests_total", outcome="cancelled") == 1
+
+
 async def test_several_answers_differ_by_seed_and_share_one_prefill_first():
     prefill, decode = FakePrefillWorker("p0"), FakeDecodeWorker("d0")
     prefill.tap.close()
@@ -326,7 +343,14 @@ async def test_load_is_spread_over_workers_before_any_report():
         gateway_over(*prefill, *decode) as gateway,
         open_channel(gateway.grpc_address) as ch,
     ):
+        for worker in prefill:
+            worker.tap.close()  # else a prompt that is done early makes room for another there
         answers = [Answer(stub_of(ch), 3) for _ in range(8)]
+        first, second = prefill
+        await first.until(lambda: len(first.requests) >= 4)
+        await second.until(lambda: len(second.requests) >= 4)
+        for worker in prefill:
+            worker.tap.open()
         for answer in answers:
             assert await answer.read() == expected(3)
         assert [len(worker.submitted) for worker in decode] == [4, 4]
