@@ -93,8 +93,8 @@ class InferenceService:
                 self.metrics.requests_in_flight.dec()
                 self.metrics.requests.labels(outcome).inc()
 
-    def check_model(self, model: str) -> None:
-        """Raises UnknownModelError unless `model` is the one served, or empty."""
+    def check_model(self, model: str | None) -> None:
+        """Raises UnknownModelError unless `model` is the one served, or none is named."""
         if model and model != self.model_id:
             raise UnknownModelError(
                 f"The model '{model}' does not exist here; this gateway serves '{self.model_id}'."

@@ -32,15 +32,15 @@ class ResponseFormat(msgspec.Struct):
 class SamplingFields(msgspec.Struct, kw_only=True):
     """What chat and plain completions have in common."""
 
-    model: str = ""
+    model: str | None = None
     frequency_penalty: Penalty | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     isthmus: IsthmusOptions | None = None
     logit_bias: dict[int, float] | None = None
     max_tokens: AtLeastOne | None = None
     metadata: dict[str, Any] | None = None
     min_p: Share | None = None
-    min_tokens: Count = 0
+    min_tokens: Count | None = None
     n: AtLeastOne | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: float | None = None
@@ -124,29 +124,57 @@ class ChatMessage(msgspec.Struct, kw_only=True):
         return "".join(texts)
 
 
+_NOT_SUPPORTED = (
+    *("audio", "function_call", "functions", "moderation", "reasoning_effort", "tools"),
+    *("verbosity", "web_search_options"),
+)
+_NOT_ASKED_FOR: tuple[object, ...] = (None, [], "none")
+
+
 class ChatCompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
+    """Every field that OpenAI's API has: what only hints is taken, what cannot be done is refused.
+
+    A field that is not here is a mistake of the caller's.
+    """
+
     messages: list[ChatMessage]
+    audio: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the model's chat template."""
+    function_call: Any = None
+    functions: Any = None
     logprobs: bool | None = None
     max_completion_tokens: AtLeastOne | None = None
+    modalities: list[str] | None = None
+    moderation: Any = None
     parallel_tool_calls: bool | None = None
+    prediction: Any = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: str | None = None
+    reasoning_effort: str | None = None
     response_format: ResponseFormat | None = None
+    safety_identifier: str | None = None
     service_tier: str | None = None
     store: bool | None = None
     tool_choice: Any = None
     tools: list[Any] | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    verbosity: str | None = None
+    web_search_options: Any = None
 
     def sampling(self) -> SamplingParams:
-        if self.tools:
-            raise ParameterError("tools are not supported", param="tools")
+        for name in _NOT_SUPPORTED:
+            if getattr(self, name) not in _NOT_ASKED_FOR:
+                raise ParameterError(f"{name} is not supported by this model", param=name)
         if self.response_format is not None and self.response_format.type != "text":
             raise ParameterError(
                 f"response_format {self.response_format.type!r} is not supported, only 'text'",
                 param="response_format",
             )
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.modalities not in (None, ["text"]):
+            raise ParameterError("modalities must be ['text']", param="modalities")
+        if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs needs logprobs: true", param="top_logprobs")
         message = SamplingFields.sampling(self)
         if self.max_completion_tokens is not None:

@@ -96,7 +96,13 @@ BAD = {
         "messages[0].content",
         None,
     ),
-    "tools": (CHAT_PATH, {**CHAT, "tools": [{}]}, "tools are not supported", "tools", None),
+    "tools": (
+        CHAT_PATH,
+        {**CHAT, "tools": [{}]},
+        "tools is not supported by this model",
+        "tools",
+        None,
+    ),
     "json mode": (
         CHAT_PATH,
         {**CHAT, "response_format": {"type": "json_object"}},
