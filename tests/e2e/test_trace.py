@@ -6,13 +6,22 @@ from pathlib import Path
 import httpx
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from tests.e2e.mesh_process import mesh_process
+from mesh.channel import open_channel
+from protos.isthmus.v1 import inference_pb2 as pb
+from protos.isthmus.v1 import inference_pb2_grpc as pb_grpc
+from protos.isthmus.v1.sampling_pb2 import SamplingParams
+from tests.e2e.mesh_process import MeshProcess, mesh_process
 from tests.e2e.trace_collector import trace_collector
 
-SPAN_NAMES = {
-    *("request", "tokenise", "route", "prefill.queue", "prefill", "kv.reserve", "kv.transfer"),
-    *("kv.commit", "decode.queue", "decode.first_step", "decode"),
+SERVICE_OF = {
+    **dict.fromkeys(("request", "tokenise", "route"), "isthmus-gateway"),
+    **dict.fromkeys(("prefill.queue", "prefill"), "isthmus-prefill"),
+    **dict.fromkeys(("kv.reserve", "kv.transfer", "kv.commit"), "isthmus-prefill"),
+    **dict.fromkeys(("decode.queue", "decode.first_step", "decode"), "isthmus-decode"),
 }
+"""The process that each span comes from, by the span's name."""
+PROMPT = "The isthmus " * 200
+NUM_TOKENS = 48
 
 
 def uncovered_share(root: Span, others: list[Span]) -> float:
@@ -27,22 +36,38 @@ def uncovered_share(root: Span, others: list[Span]) -> float:
     return 1 - covered_ns / (root.end_time_unix_nano - root.start_time_unix_nano)
 
 
-def test_one_trace_covers_the_request(tmp_path: Path) -> None:
-    trace_id = os.urandom(16)
-    traceparent = f"00-{trace_id.hex()}-{os.urandom(8).hex()}-01"
+async def ask_http(mesh: MeshProcess, traceparent: str) -> None:
+    body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    async with httpx.AsyncClient(base_url=mesh.http, timeout=120) as client:
+        headers = {"traceparent": traceparent}
+        response = await client.post("/v1/completions", json=body, headers=headers)
+        assert response.status_code == 200, response.text
+
+
+async def ask_grpc(mesh: MeshProcess, traceparent: str) -> None:
+    message = pb.ChatMessage(role="user", content="A strait " * 200)
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    request = pb.ChatRequest(messages=[message], sampling=sampling)
+    async with open_channel(mesh.grpc) as channel:
+        stub = pb_grpc.InferenceStub(channel)
+        async for _ in stub.Chat(request, metadata=(("traceparent", traceparent),)):
+            pass
+
+
+async def test_one_trace_covers_the_request(tmp_path: Path) -> None:
     with trace_collector() as collector:
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}"}
         with mesh_process(tmp_path, environment=environment) as mesh:
-            body = {"prompt": "The isthmus " * 200, "max_tokens": 48, "ignore_eos": True}
-            for headers in ({}, {"traceparent": traceparent}):  # the first one warms the path
-                response = httpx.post(
-                    f"{mesh.http}/v1/completions", json=body, headers=headers, timeout=120
-                )
-                assert response.status_code == 200, response.text
-            spans = collector.wait_for_trace(trace_id, SPAN_NAMES, timeout_s=30)
-    (root,) = (span for span in spans if span.name == "request")
-    named = [span for span in spans if span.name in SPAN_NAMES - {"request"}]
-    assert uncovered_share(root, named) < 0.05
-    assert {span.span_id for span in spans} >= {
-        span.parent_span_id for span in spans if span is not root
-    }
+            traces = []
+            for ask in (ask_http, ask_http, ask_grpc):  # the first one warms the path
+                trace_id = os.urandom(16)
+                await ask(mesh, f"00-{trace_id.hex()}-{os.urandom(8).hex()}-01")
+                traces.append(collector.wait_for_trace(trace_id, set(SERVICE_OF), timeout_s=30))
+        for spans in traces[1:]:
+            (root,) = (span for span in spans if span.name == "request")
+            named = [span for span in spans if span.name in SERVICE_OF and span is not root]
+            assert uncovered_share(root, named) < 0.05
+            assert {span.span_id for span in spans} >= {
+                span.parent_span_id for span in spans if span is not root
+            }
+            assert {s.name: collector.service_of[s.span_id] for s in [root, *named]} == SERVICE_OF

@@ -15,6 +15,8 @@ class TraceCollector(pb_grpc.TraceServiceServicer):
     def __init__(self) -> None:
         self.port = 0
         self._spans: list[Span] = []
+        self.service_of: dict[bytes, str] = {}
+        """By span id: service.name of the process that exported it."""
         self._arrived = threading.Condition()
 
     def Export(
@@ -22,8 +24,13 @@ class TraceCollector(pb_grpc.TraceServiceServicer):
     ) -> pb.ExportTraceServiceResponse:
         with self._arrived:
             for resource_spans in request.resource_spans:
+                attributes = {
+                    a.key: a.value.string_value for a in resource_spans.resource.attributes
+                }
                 for scope_spans in resource_spans.scope_spans:
                     self._spans.extend(scope_spans.spans)
+                    for span in scope_spans.spans:
+                        self.service_of[span.span_id] = attributes["service.name"]
             self._arrived.notify_all()
         return pb.ExportTraceServiceResponse()
 

@@ -1,5 +1,6 @@
 import json
-import os
+import re
+import subprocess
 
 import pytest
 
@@ -114,10 +115,20 @@ def test_a_killed_launchers_directory_is_removed_by_the_next(tmp_path) -> None:
         assert foreign.exists(), "not ours: it never had a lock"
 
 
-def test_a_redis_server_is_found_and_can_be_run() -> None:
+def test_a_redis_server_on_the_path_comes_first(tmp_path, monkeypatch) -> None:
+    binary = tmp_path / "redis-server"
+    binary.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_redis_server() == binary
+
+
+def test_without_one_on_the_path_a_wheel_carries_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
     binary = find_redis_server()
     assert binary is not None
-    assert os.access(binary, os.X_OK)
+    assert "site-packages" in binary.parts
+    version = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
+    assert re.match(r"(Redis|Valkey) server v=", version.stdout)
 
 
 def test_a_layout_that_the_model_does_not_allow_is_refused_with_its_flag(tmp_path) -> None:

@@ -461,6 +461,13 @@ def test_half_precision_is_as_near_to_float32_as_that_of_transformers(
     assert error < 1.2 * expected_error
 
 
+def test_every_rope_scaling_of_transformers_has_a_row() -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rows = {case.overrides.get("rope_parameters", {}).get("rope_type") for case in CASES.values()}
+    assert set(ROPE_INIT_FUNCTIONS) <= rows
+
+
 def test_every_family_has_a_row() -> None:
     """The recipe in docs/adding-a-model.md, held."""
     from transformers import AutoConfig, AutoModelForCausalLM
