@@ -114,13 +114,23 @@ LAYOUTS = {
     "mixtral": (
         "sp=2", "tp=2", "tp=3", "pp=3", "tp=3,pp=2", "tp=2,ep=2", "tp=4,ep=2", "tp=4,ep=4",
         "tp=2,pp=2,ep=2", "tp=3,ep=3", "sp=2,ep=2", "sp=3,ep=3", "tp=2,sp=2,ep=2", "tp=2,sp=2,ep=4",
-        "tp=2,sp=2,pp=2,ep=4",
+        "tp=2,sp=2,pp=2,ep=4", "ep=2", "ep=3", "ep=4", "tp=2,ep=4", "tp=2,dp=2,ep=2",
+        "pp=2,dp=2,ep=2", "sp=2,ep=4", "tp=2,sp=2,dp=2,ep=8", "dp=2",
     ),
-    "qwen2-moe": ("tp=2", "tp=3", "tp=2,ep=2", "tp=4,ep=2", "sp=2,ep=2", "tp=2,sp=2,ep=4"),
-    "qwen3-moe": ("tp=2", "tp=4,ep=4", "tp=2,pp=3,ep=2", "sp=4,ep=4"),
-    "gpt-oss": ("tp=2", "tp=3", "tp=4,ep=2", "tp=2,pp=2,ep=2", "tp=2,sp=2,ep=2"),
-    "deepseek-v3": ("tp=2", "tp=2,ep=2", "tp=4,ep=2", "tp=3,pp=3", "tp=3,ep=3", "tp=2,sp=2,ep=4"),
-    "deepseek-v2": ("sp=2,ep=2", "sp=2", "tp=2,sp=2", "tp=2", "tp=3", "tp=4", "pp=3", "tp=3,pp=2"),
+    "qwen2-moe": ("tp=2", "tp=3", "tp=2,ep=2", "tp=4,ep=2", "sp=2,ep=2", "tp=2,sp=2,ep=4", "ep=3",
+        "tp=2,ep=4"),
+    "qwen3-moe": (
+        "tp=2", "tp=4,ep=4", "tp=2,pp=3,ep=2", "sp=4,ep=4", "ep=2", "tp=2,pp=2,dp=2,ep=4",
+    ),
+    "gpt-oss": ("tp=2", "tp=3", "tp=4,ep=2", "tp=2,pp=2,ep=2", "tp=2,sp=2,ep=2", "ep=4"),
+    "deepseek-v3": (
+        "tp=2", "tp=2,ep=2", "tp=4,ep=2", "tp=3,pp=3", "tp=3,ep=3", "tp=2,sp=2,ep=4", "ep=4",
+        "tp=2,dp=2,ep=2",
+    ),
+    "deepseek-v2": (
+        "sp=2", "tp=2,sp=2", "tp=2", "tp=3", "tp=4", "pp=3", "tp=3,pp=2", "sp=2,ep=2", "ep=2",
+        "tp=2,ep=4",
+    ),
     "granite": ("tp=2", "pp=3", "tp=3,pp=2"),
 }  # fmt: skip
 
@@ -151,7 +161,10 @@ class Steps:
         pool = KvPool(layout, NUM_BLOCKS, CPU)
         pool.blocks_PLJGCA.fill_(torch.nan)
         self.world = group.axes.world
+        self.data = group.axes.dp
+        self.shard_ranks = group.layout.num_ranks // group.layout.dp
         self.drawing_rank = (group.layout.pp - 1) * group.layout.tp * group.layout.sp
+        """Of the first data shard."""
         self.runner = ModelRunner(model, pool, CPU, group.axes.pp)
         order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1)).tolist()
         self.blocks = (tuple(order[::2]), tuple(order[1::2]))
@@ -161,7 +174,7 @@ class Steps:
 
     def last_logits(self, *parts: tuple[int, int, Sequence[int]]) -> torch.Tensor:
         """Compute the tokens that follow the first ones of sequences; on ranks that have them,
-        the logits of each sequence's last."""
+        the logits of each sequence's last. Data shards take turns with sequences."""
         chunks = [
             ScheduledChunk(
                 str(sequence),
@@ -172,8 +185,24 @@ class Steps:
                 is_drawing=True,
             )
             for sequence, first, tokens in parts
+            if sequence % self.data.size == self.data.rank
         ]
-        return self.runner.run(StepPlan(tuple(chunks)), 1)
+        if not chunks:
+            self.runner.serve()
+        own_BV = self.runner.run(StepPlan(tuple(chunks)), 1) if chunks else torch.empty(0, 0)
+        return own_BV if self.data.size == 1 else self.shared(own_BV, [part[0] for part in parts])
+
+    def shared(self, own_BV: torch.Tensor, sequences: Sequence[int]) -> torch.Tensor:
+        """The logits of all data shards, on every rank."""
+        own, rows = iter(own_BV), []
+        for sequence in sequences:
+            shard = sequence % self.data.size
+            source = shard * self.shard_ranks + self.drawing_rank
+            row_V = torch.empty(self.runner.model.config.vocab_size)
+            if self.world.rank == source:
+                row_V.copy_(next(own))
+            rows.append(self.world.broadcast(row_V, source))
+        return torch.stack(rows)
 
     def greedy(self, sequence: int, prompt: Sequence[int], num_tokens: int) -> list[int]:
         """Draw on the first rank of the last stage, and tell the others."""
