@@ -23,7 +23,7 @@ from kv_transfer.rank.worker import kv_layout_of, other_ranks, serve_follower
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.servicer import KvTransferServicer
-from mesh.metrics import RankCollector
+from mesh.metrics import ExpertCollector, RankCollector
 from mesh.own_address import reachable_host
 from mesh.telemetry import exporting_spans
 from mesh.worker import WorkerConfig, WorkerIdentity, serving_worker, until_stopped
@@ -80,6 +80,8 @@ async def serve(
     metrics = CollectorRegistry()
     if membership is not None:
         metrics.register(RankCollector(lambda: engine.rank_times))
+    if engine.model_config.form.experts is not None:
+        metrics.register(ExpertCollector(lambda: engine.expert_tokens))
     with exporting_spans(
         "isthmus-decode", instance_id=identity.worker_id, otlp_endpoint=worker.otlp_endpoint
     ):

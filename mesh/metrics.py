@@ -9,7 +9,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from engine.runtime.commands import EngineStats
-from engine.runtime.rank_message import RankTimes
+from engine.runtime.rank_message import ExpertTokens, RankTimes
 
 # name, help, field of EngineStats; counters get the suffix _total from the client library.
 _GAUGES = (
@@ -77,6 +77,43 @@ class RankCollector(Collector):
             ),
         ):
             yield GaugeMetricFamily(name, text, value=part_s / step_s if step_s else 0.0)
+
+
+class ExpertCollector(Collector):
+    """Which experts, and which ranks, the tokens of a mixture of experts went to."""
+
+    def __init__(self, tokens: Callable[[], Sequence[ExpertTokens]]) -> None:
+        """Take what returns the counts of each rank, in rank order."""
+        self._tokens = tokens
+
+    def collect(self) -> Iterable[Metric]:
+        ranks = self._tokens()
+        of_expert = CounterMetricFamily(
+            "isthmus_expert_tokens",
+            "Tokens that an expert computed.",
+            labels=["layer", "expert"],
+        )
+        imbalance = GaugeMetricFamily(
+            "isthmus_expert_imbalance",
+            "Tokens of a layer's busiest expert over the mean of its experts.",
+            labels=["layer"],
+        )
+        for layer in sorted({layer for tokens in ranks for layer in tokens}):
+            held = [tokens[layer] for tokens in ranks if layer in tokens]
+            counts = [sum(column) for column in zip(*held, strict=True)]
+            for expert, count in enumerate(counts):
+                of_expert.add_metric([str(layer), str(expert)], count)
+            imbalance.add_metric([str(layer)], imbalance_of(counts))
+        yield of_expert
+        yield imbalance
+        of_rank = {str(rank): sum(map(sum, tokens.values())) for rank, tokens in enumerate(ranks)}
+        text = "Tokens that the experts of a rank computed; of ranks that share them, the first's."
+        yield labelled_counter("isthmus_expert_rank_tokens", text, "rank", of_rank)
+
+
+def imbalance_of(counts: Sequence[int]) -> float:
+    """The largest over the mean: 1 is even; 1 too where nothing was counted yet."""
+    return max(counts) * len(counts) / sum(counts) if any(counts) else 1.0
 
 
 def labelled_counter(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:

@@ -22,7 +22,7 @@ from kv_transfer.rank.worker import kv_layout_of, other_ranks, serve_follower
 from kv_transfer.sender import KvSender
 from kv_transfer.sending_group import SendingGroup
 from mesh.channel import open_channel
-from mesh.metrics import RankCollector
+from mesh.metrics import ExpertCollector, RankCollector
 from mesh.own_address import reachable_host
 from mesh.telemetry import exporting_spans
 from mesh.worker import WorkerConfig, WorkerIdentity, serving_worker, until_stopped
@@ -82,6 +82,8 @@ async def serve(
     metrics = CollectorRegistry()
     if membership is not None:
         metrics.register(RankCollector(lambda: engine.rank_times))
+    if engine.model_config.form.experts is not None:
+        metrics.register(ExpertCollector(lambda: engine.expert_tokens))
     rope_salt = engine.runner.model.config.rope_salt
 
     def hash_blocks(token_ids: Sequence[int], block_size_tokens: int) -> Sequence[bytes]:

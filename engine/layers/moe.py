@@ -4,6 +4,7 @@ Shape suffixes: T tokens of this step, D model dim, K experts chosen per token, 
 received by this rank.
 """
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -46,6 +47,11 @@ class MoeMlp(nn.Module):
         """Experts are spread over the ranks of the sequence axis, too."""
         placement = ExpertPlacement.even(experts.num_experts, axes.ep.size)
         self._exchange = ExpertExchange(placement, axes.ep)
+        self.load = ExpertLoad(
+            placement.experts_of[axes.ep.rank],
+            experts.num_experts,
+            is_counted=axes.expert_tp.rank == 0,
+        )
         self.router = Router(config, experts, block=block, kernels=kernels)
         *gate_up_names, down_name = experts.names
         self.experts = nn.ModuleList(
@@ -60,7 +66,7 @@ class MoeMlp(nn.Module):
                 kernels=kernels,
                 is_reduced=False,
             )
-            for index in placement.experts_of[axes.ep.rank]
+            for index in self.load.experts
         )
         self.shared: SharedExpert | None = None
         if experts.shared_size:
@@ -94,6 +100,7 @@ class MoeMlp(nn.Module):
         x_RD, counts, handle = self._exchange.dispatch(
             x_TD, expert_TK, weight_TK, num_copies=num_copies
         )
+        self.load.add(counts)
         parts = [
             expert(part_RD)
             for expert, part_RD in zip(self.experts, x_RD.split(counts), strict=True)
@@ -101,6 +108,32 @@ class MoeMlp(nn.Module):
         ]
         y_RD = torch.cat(parts) if parts else x_RD
         return self._exchange.combine(y_RD, handle)
+
+
+class ExpertLoad:
+    """How many tokens each expert of a layer has computed on this rank. Any thread may read it."""
+
+    def __init__(self, experts: tuple[int, ...], num_experts: int, *, is_counted: bool) -> None:
+        """Count for `experts`; where ranks share an expert by features one of them counts."""
+        self.experts = experts
+        self._num_experts = num_experts
+        self._is_counted = is_counted
+        self._num_tokens = np.zeros(len(experts), dtype=np.int64)
+
+    def add(self, counts: tuple[int, ...]) -> None:
+        """Tokens of one step for each expert here."""
+        if self._is_counted:
+            self._num_tokens += counts
+
+    def reset(self) -> None:
+        self._num_tokens[:] = 0
+
+    def by_expert(self) -> list[int]:
+        """Of all experts of the layer; zero for those that are not here."""
+        found = [0] * self._num_experts
+        for expert, count in zip(self.experts, self._num_tokens.tolist(), strict=True):
+            found[expert] = count
+        return found
 
 
 class SharedExpert(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from engine.checkpoint.config import ModelConfig
 from engine.kernels.interface import HeadShape, Kernels
 from engine.kv_cache.batch import StepBatch
-from engine.layers.moe import MoeMlp
+from engine.layers.moe import ExpertLoad, MoeMlp
 from engine.layers.norm import RmsNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.models.decoder_layer import DecoderLayer
@@ -129,6 +129,15 @@ class CausalLM(nn.Module):
         for layer in self._sequence:
             if isinstance(layer.mlp, MoeMlp):
                 layer.mlp.serve(nothing_TD)
+
+    @property
+    def expert_loads(self) -> dict[int, ExpertLoad]:
+        """Of each layer here that is a mixture, by its number in the whole model."""
+        return {
+            index: layer.mlp.load
+            for index, layer in zip(self.stage_layers, self._sequence, strict=True)
+            if isinstance(layer.mlp, MoeMlp)
+        }
 
     @torch.inference_mode()
     def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,13 @@ from engine.runtime.followers import fewest_blocks
 from engine.runtime.group_runner import GroupRunner
 from engine.runtime.membership import Membership
 from engine.runtime.model_executor import ModelExecutor
-from engine.runtime.rank_message import Facts, RankTimes, max_step_bytes
+from engine.runtime.rank_message import (
+    ExpertTokens,
+    Facts,
+    RankTimes,
+    max_report_bytes,
+    max_step_bytes,
+)
 from engine.runtime.rank_runner import RankRunner
 from engine.runtime.runner import ModelRunner, StepRunner
 from engine.scheduling.limits import EngineLimits
@@ -62,6 +68,11 @@ class ModelEngine(Engine[ModelExecutor]):
         """Of each rank of a worker with several; any thread may ask."""
         runner = self.executor.runner
         return runner.times if isinstance(runner, GroupRunner) else []
+
+    @property
+    def expert_tokens(self) -> list[ExpertTokens]:
+        """By rank, of a mixture of experts; any thread may ask."""
+        return self.executor.runner.expert_tokens
 
     @property
     def kv_pool(self) -> KvPool:
@@ -164,6 +175,9 @@ def build_engine(
             followers.refuse(f"rank 0 failed: {error}")
             raise
         facts_of = followers.agree(facts, timeout_s=membership.config.join_timeout_s)
+        experts = loaded.model.config.form.experts
+        if experts is not None:
+            followers.expect(max_report_bytes(len(experts.layers), experts.num_experts))
         num_blocks = fewest_blocks(facts_of)
         kv_shares = [facts_of[rank].kv_share for rank in sorted(facts_of)]
         limits = loaded.limits(num_blocks)

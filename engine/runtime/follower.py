@@ -10,7 +10,7 @@ from engine.kv_cache.pool import KvPool
 from engine.runtime.allocator import keep_freed_memory
 from engine.runtime.core_share import CoreShare
 from engine.runtime.leader import Leader
-from engine.runtime.rank_message import Serving, Step, Stop, check_plan
+from engine.runtime.rank_message import Serving, StartCounting, Step, Stop, check_plan
 from engine.runtime.rank_runner import RankRunner
 from engine.scheduling.limits import EngineLimits
 
@@ -64,10 +64,13 @@ class Follower:
             EngineDeadError: another rank is, or a plan is wrong.
         """
         keep_freed_memory()
-        self._leader.start_beating(lambda: self._local.times)
+        self._leader.start_beating(lambda: self._local.report)
         try:
-            while isinstance(message := self._next(), Step):
-                self._compute(message)
+            while isinstance(message := self._next(), Step | StartCounting):
+                if isinstance(message, Step):
+                    self._compute(message)
+                else:
+                    self._local.runner.start_counting()
             if not isinstance(message, Stop):
                 raise EngineDeadError(f"rank 0 sent {type(message).__name__} in place of a plan")
         except BaseException as error:
@@ -85,7 +88,7 @@ class Follower:
     def _next(self) -> object:
         if not self._leader.has_message(_IDLE_AFTER_S):
             self._cores.rest()
-            self._leader.send(self._local.times)
+            self._leader.send(self._local.report)
         return self._leader.receive()
 
     def _compute(self, step: Step) -> None:

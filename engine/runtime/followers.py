@@ -16,6 +16,7 @@ from engine.runtime.rank_message import (
     Failed,
     FollowerMessage,
     LeaderMessage,
+    RankReport,
     RankTimes,
     Refused,
     Serving,
@@ -54,15 +55,15 @@ class Followers:
         """Take over the sockets; a rank that is silent for `timeout_s` is taken for stopped."""
         self._sockets = dict(sockets)
         self._timeout_s = timeout_s
-        self._times = {rank: RankTimes(rank=rank) for rank in sockets}
+        self._reports = {rank: RankReport(RankTimes(rank=rank)) for rank in sockets}
         self._watch = _Watch()
         self._wake_read, self._wake_write = os.pipe()
         self._thread = threading.Thread(target=self._run, name="ranks", daemon=True)
 
     @property
-    def times(self) -> list[RankTimes]:
+    def reports(self) -> list[RankReport]:
         """What each rank said last; any thread may ask."""
-        return [self._times[rank] for rank in sorted(self._times)]
+        return [self._reports[rank] for rank in sorted(self._reports)]
 
     def agree(self, facts: Facts, *, timeout_s: float) -> dict[int, Facts]:
         """Wait until every rank has loaded, compare; returns what each rank has, by rank.
@@ -82,6 +83,11 @@ class Followers:
         found = {0: facts, **others}
         self.send(Agreed(fewest_blocks(found)))
         return found
+
+    def expect(self, max_bytes: int) -> None:
+        """Reports may be as long as this from now on."""
+        for each in self._sockets.values():
+            each.max_bytes = max_bytes
 
     def addresses(self, *, timeout_s: float) -> list[str]:
         """Where the other ranks' pools can be reached, in rank order; waits until all serve.
@@ -215,8 +221,8 @@ class Followers:
             return RankGroupError(f"rank {each.peer}: {error}", rank=each.peer)
         if isinstance(message, Failed):
             return _failure(each.peer, message)
-        if isinstance(message, RankTimes):
-            self._times[each.peer] = message
+        if isinstance(message, RankReport):
+            self._reports[each.peer] = message
         return None
 
     def _fail(self, failure: RankGroupError) -> None:

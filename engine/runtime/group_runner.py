@@ -9,7 +9,7 @@ from engine.kv_cache.pool import KvPool
 from engine.models.causal_lm import CausalLM
 from engine.parallel.layout import Axis
 from engine.runtime.followers import Followers
-from engine.runtime.rank_message import RankTimes, Step
+from engine.runtime.rank_message import ExpertTokens, RankReport, RankTimes, StartCounting, Step
 from engine.runtime.rank_runner import RankRunner
 from engine.scheduling.data_shard import plans_by_shard
 from engine.scheduling.micro_batch import best_num_micro_batches
@@ -56,7 +56,12 @@ class GroupRunner:
     @property
     def times(self) -> list[RankTimes]:
         """Of every rank, the followers' as they last said; any thread may ask."""
-        return [self._local.times, *self._followers.times]
+        return [report.times for report in self.reports]
+
+    @property
+    def reports(self) -> list[RankReport]:
+        """By rank, the followers' as they last said; any thread may ask."""
+        return [self._local.report, *self._followers.reports]
 
     def run(self, plan: StepPlan, num_threads: int) -> torch.Tensor:
         shards = plans_by_shard(plan, self.num_data_shards, self.pool.num_blocks)
@@ -70,6 +75,14 @@ class GroupRunner:
             return self._local.run(plan, num, num_threads)
         except RankGroupError as error:
             raise self._followers.explained(error) from error
+
+    @property
+    def expert_tokens(self) -> list[ExpertTokens]:
+        return [report.expert_tokens for report in self.reports]
+
+    def start_counting(self) -> None:
+        self._local.runner.start_counting()
+        self._followers.send(StartCounting())
 
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         def fail(failure: RankGroupError) -> None:

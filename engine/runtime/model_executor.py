@@ -28,6 +28,7 @@ class ModelExecutor:
     def warm_up(self, num_threads: int) -> None:
         keep_freed_memory()
         warm_up(self.runner, max_num_tokens=self._max_num_tokens, num_threads=num_threads)
+        self.runner.start_counting()
 
     def execute(self, plan: StepPlan, drawing: Seq[Sequence], num_threads: int) -> list[DrawnToken]:
         logits_BV = self.runner.run(plan, num_threads)

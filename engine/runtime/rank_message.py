@@ -70,6 +70,10 @@ class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
     num_micro_batches: int
 
 
+class StartCounting(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The warm-up is over: the tokens of experts count from here."""
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The worker ends in order."""
 
@@ -84,7 +88,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Another rank, whose trouble this one only noticed."""
 
 
-class RankTimes(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True):
+class RankTimes(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Where a rank's time went, since its start."""
 
     rank: int
@@ -98,8 +102,20 @@ class RankTimes(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=
     communication_bytes: int = 0
 
 
-FollowerMessage = Hello | Facts | Serving | Failed | RankTimes
-LeaderMessage = Agreed | Refused | Step | Stop
+ExpertTokens = dict[int, list[int]]
+"""By layer: how many tokens each of its experts has computed on a rank."""
+
+
+class RankReport(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """What a rank measures, since its start; a sign of life, too."""
+
+    times: RankTimes
+    expert_tokens: ExpertTokens = {}
+    """Of mixtures of experts, without the warm-up."""
+
+
+FollowerMessage = Hello | Facts | Serving | Failed | RankReport
+LeaderMessage = Agreed | Refused | Step | StartCounting | Stop
 
 _encoder = msgspec.msgpack.Encoder()
 _follower_decoder: msgspec.msgpack.Decoder[FollowerMessage] = msgspec.msgpack.Decoder(
@@ -154,6 +170,11 @@ def max_step_bytes(
     per_sequence_bytes = 1024 + 9 * blocks_per_sequence
     per_shard_bytes = 9 * max_num_batched_tokens + max_num_sequences * per_sequence_bytes
     return 1024 + limits.num_data_shards * per_shard_bytes
+
+
+def max_report_bytes(num_layers: int, num_experts: int) -> int:
+    """No report of a rank is longer."""
+    return MAX_START_BYTES + num_layers * (16 + 9 * num_experts)
 
 
 def check_plan(plan: StepPlan, limits: EngineLimits, max_num_batched_tokens: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from engine.parallel.rank_group import RankGroup
 from engine.parallel.traffic import Traffic
-from engine.runtime.rank_message import RankTimes
+from engine.runtime.rank_message import RankReport, RankTimes
 from engine.runtime.runner import ModelRunner
 from engine.scheduling.data_shard import plans_by_shard, with_pool_blocks
 from engine.scheduling.micro_batch import cut_into_micro_batches
@@ -36,6 +36,12 @@ class RankRunner:
         last_stage = (layout.pp - 1) * layout.tp * layout.sp
         self._drawing_ranks = [shard * shard_ranks + last_stage for shard in range(layout.dp)]
         """The first rank of each shard's last stage: it has the shard's logits."""
+
+    @property
+    def report(self) -> RankReport:
+        """What is measured here; any thread may ask."""
+        (expert_tokens,) = self.runner.expert_tokens
+        return RankReport(self.times, expert_tokens)
 
     def run(self, plan: StepPlan, num_micro_batches: int, num_threads: int) -> torch.Tensor:
         """Compute this rank's part of `plan`; every rank of the worker calls it.

@@ -16,6 +16,7 @@ from engine.kv_cache.batch import SequenceSplit, StepBatch
 from engine.kv_cache.pool import KvPool
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import AxisGroup
+from engine.runtime.rank_message import ExpertTokens
 from engine.scheduling.sequence_split import sequence_shares
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
@@ -41,6 +42,13 @@ class StepRunner(Protocol):
 
     def run(self, plan: StepPlan, num_threads: int) -> torch.Tensor:
         """Compute the plan's chunks; returns logits_BV, float32, one row a drawing chunk."""
+
+    @property
+    def expert_tokens(self) -> list[ExpertTokens]:
+        """By rank, as far as is known; any thread may ask."""
+
+    def start_counting(self) -> None:
+        """The warm-up is over: expert tokens are counted from here on."""
 
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """Have `on_failure` called, on any thread, if it becomes unable to go on between steps."""
@@ -109,6 +117,16 @@ class ModelRunner:
             device=self._device,
         )
         return self._pipeline.receive(residual_TD, self._pipeline.rank - 1)
+
+    @property
+    def expert_tokens(self) -> list[ExpertTokens]:
+        """Of this rank alone; any thread may ask."""
+        loads = self.model.expert_loads
+        return [{layer: load.by_expert() for layer, load in loads.items()}]
+
+    def start_counting(self) -> None:
+        for load in self.model.expert_loads.values():
+            load.reset()
 
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """Nothing happens between steps."""

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.runtime.commands import EngineStats
-from mesh.metrics import EngineCollector, labelled_counter, serving_metrics
+from mesh.metrics import EngineCollector, ExpertCollector, labelled_counter, serving_metrics
 
 
 def scraped(port: int) -> dict[str, float]:
@@ -37,6 +37,20 @@ def test_every_number_of_the_engine_is_served_as_it_is_now() -> None:
 def test_a_labelled_counter_has_a_sample_for_each_value() -> None:
     family = labelled_counter("isthmus_x", "X.", "reason", {"full": 2, "gone": 3})
     assert {s.labels["reason"]: s.value for s in family.samples} == {"full": 2, "gone": 3}
+
+
+def test_experts_are_counted_over_ranks_and_their_imbalance_shown() -> None:
+    ranks = [{0: [6, 0, 0, 0], 2: [1, 1, 0, 0]}, {0: [0, 0, 2, 0], 2: [0, 0, 1, 1]}, {4: [0] * 4}]
+    registry = CollectorRegistry()
+    registry.register(ExpertCollector(lambda: ranks))
+    with serving_metrics(registry, host="127.0.0.1", port=0) as port:
+        samples = scraped(port)
+    tokens = [samples[f"isthmus_expert_tokens_total{expert}0"] for expert in range(4)]
+    assert tokens == [6, 0, 2, 0]
+    imbalances = [samples[f"isthmus_expert_imbalance{layer}"] for layer in (0, 2, 4)]
+    assert imbalances == [3.0, 1.0, 1.0]
+    of_rank = [samples[f"isthmus_expert_rank_tokens_total{rank}"] for rank in range(3)]
+    assert of_rank == [8, 4, 0]
 
 
 def test_the_endpoint_is_gone_after_the_block() -> None:

@@ -12,6 +12,7 @@ from engine.runtime.rank_message import (
     LENGTH_BYTES,
     Facts,
     Hello,
+    RankReport,
     RankTimes,
     Step,
     Stop,
@@ -19,6 +20,7 @@ from engine.runtime.rank_message import (
     decode_from_follower,
     decode_from_leader,
     encode,
+    max_report_bytes,
     max_step_bytes,
 )
 from engine.scheduling.limits import EngineLimits
@@ -46,9 +48,11 @@ def test_what_the_leader_says_comes_out_as_it_went_in(message: Step | Stop) -> N
     assert decode_from_leader(frame[LENGTH_BYTES:]) == message
 
 
-@pytest.mark.parametrize("message", [FACTS, Hello(1, "t"), RankTimes(rank=2, busy_s=0.5)])
+@pytest.mark.parametrize(
+    "message", [FACTS, Hello(1, "t"), RankReport(RankTimes(rank=2, busy_s=0.5), {3: [5]})]
+)
 def test_what_a_follower_says_comes_out_as_it_went_in(
-    message: Facts | Hello | RankTimes,
+    message: Facts | Hello | RankReport,
 ) -> None:
     assert decode_from_follower(encode(message)[LENGTH_BYTES:]) == message
 
@@ -75,6 +79,11 @@ def test_no_plan_of_an_engine_is_longer_than_what_followers_accept() -> None:
     )
     step = Step(StepPlan((longest,) * num_sequences), 1 << 20)
     assert len(encode(step)) <= max_step_bytes(LIMITS, 64, num_sequences)
+
+
+def test_no_report_is_longer_than_what_rank_0_accepts() -> None:
+    report = RankReport(RankTimes(rank=1), {layer: [1 << 62] * 256 for layer in range(60)})
+    assert len(encode(report)) <= max_report_bytes(60, 256)
 
 
 def test_a_plan_within_the_limits_is_taken() -> None:

@@ -15,7 +15,14 @@ import torch
 
 from engine.errors import CollectiveTimeoutError, RankDeadError
 from engine.parallel.axes import AxisGroup
-from engine.runtime.rank_message import Hello, RankTimes, Stop, decode_from_follower, encode
+from engine.runtime.rank_message import (
+    Hello,
+    RankReport,
+    RankTimes,
+    Stop,
+    decode_from_follower,
+    encode,
+)
 from engine.runtime.rank_socket import RankSocket, accept_followers, connect_to_leader
 
 TIMEOUTS: dict[str, Any] = {"timeout_s": 20.0, "send_timeout_s": 0.2}
@@ -64,8 +71,9 @@ def send_often(to: RankSocket, frame: bytes | bytearray) -> None:
 
 def test_messages_go_both_ways(pair: tuple[RankSocket, RankSocket]) -> None:
     to_follower, to_leader = pair
-    to_leader.send(RankTimes(rank=1, num_steps=3))
-    assert decode_from_follower(to_follower.receive()) == RankTimes(rank=1, num_steps=3)
+    report = RankReport(RankTimes(rank=1, num_steps=3))
+    to_leader.send(report)
+    assert decode_from_follower(to_follower.receive()) == report
     assert not to_leader.has_data(0)
     to_follower.send(Stop())
     assert to_leader.has_data(5)
