@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import socket
+from functools import partial
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
@@ -48,6 +49,7 @@ async def serve(
     host = socket.gethostname().split(".")[0]
     gateway_id = f"gateway-{host}-{os.getpid()}-{secrets.token_hex(3)}"
     template = text_model.chat_template
+    metrics = GatewayMetrics(registry)
     health = ServerHealth()
     with exporting_spans(
         "isthmus-gateway", instance_id=gateway_id, otlp_endpoint=config.otlp_endpoint
@@ -66,7 +68,7 @@ async def serve(
                     ),
                     pools=pools,
                     admission=Admission(config.max_num_sequences),
-                    metrics=GatewayMetrics(registry),
+                    metrics=metrics,
                     recovery=recovery,
                     tasks=tasks,
                 ),
@@ -80,6 +82,8 @@ async def serve(
             stop_signals() as stop_asked,
             registered(redis, lambda: _record(gateway_id, model_id, doors, pools)),
         ):
+            for role in ("prefill", "decode"):
+                metrics.workers.labels(role).set_function(partial(pools.num_open_workers, role))
             following = tasks.create_task(_follow_pools(health, pools), name="health")
             _say_ready(config.ready_file, doors)
             try:

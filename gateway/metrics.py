@@ -45,3 +45,9 @@ class GatewayMetrics:
             ["kind", "reason"],
             registry=registry,
         )
+        self.workers = Gauge(
+            "isthmus_gateway_workers",
+            "Workers that a new sequence could be placed on.",
+            ["role"],
+            registry=registry,
+        )

@@ -107,6 +107,12 @@ class WorkerPools:
         """True when a new sequence would find a decode worker."""
         return any(self._is_open(worker) for worker in self.decode.values())
 
+    def num_open_workers(self, role: str) -> int:
+        """Workers of a role, prefill or decode, that a new sequence could be placed on."""
+        if role == "decode":
+            return sum(map(self._is_open, self.decode.values()))
+        return sum(not worker.record.draining for worker in self.prefill.values())
+
     @property
     def max_context_tokens(self) -> int:
         """What every decode worker can hold; 0 when none is known."""

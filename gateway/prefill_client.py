@@ -1,5 +1,6 @@
 """Calls to one prefill worker."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,6 +30,7 @@ class PrefillClient:
         self.address = address
         self._channel = open_channel(address)
         self._stub = PrefillServiceStub(self._channel)
+        self._is_closed = False
 
     @asynccontextmanager
     async def prefill(
@@ -41,16 +43,25 @@ class PrefillClient:
             IsthmusError: what the worker answered.
         """
         metadata = (("traceparent", traceparent),) if traceparent else None
+        if self._is_closed:
+            raise self._left()
         call = self._stub.Prefill(request, metadata=metadata)
         try:
             yield _responses(call)
         except aio.AioRpcError as error:
             raise _error_from(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise self._left() from None  # grpc cancels the calls of a channel that is closed
         finally:
             call.cancel()
 
     async def abort(self, request_id: str) -> int:
         """Blocks that were freed; a worker that cannot be reached has freed them by dying."""
+        if self._is_closed:
+            return 0
         try:
             answer = await self._stub.Abort(
                 AbortRequest(request_id=request_id), timeout=ABORT_TIMEOUT_S
@@ -61,8 +72,12 @@ class PrefillClient:
         return int(answer.num_freed_blocks)
 
     async def aclose(self, grace_s: float | None = None) -> None:
-        """Close the channel; calls that are open have `grace_s` to end."""
+        """Close the channel; calls that are open have `grace_s` to end, and no new ones begin."""
+        self._is_closed = True
         await self._channel.close(grace_s)
+
+    def _left(self) -> PrefillGoneError:
+        return PrefillGoneError(f"prefill worker {self.worker_id} has left the mesh")
 
 
 async def _responses(

@@ -182,7 +182,9 @@ def _guarded(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[A
             if code is StatusCode.INTERNAL:
                 request_id = getattr(request, "request_id", "")  # a stream of requests has none
                 logger.exception(
-                    "rpc failed method=%s request_id=%s", method.__qualname__, request_id
+                    "rpc failed method=%s request_id=%s: %s",
+                    *(method.__qualname__, request_id, error),
+                    exc_info=not isinstance(deliberate_error(error), EngineDeadError),
                 )
             await context.abort(code, text, trailing_metadata=_trailers(error))
 

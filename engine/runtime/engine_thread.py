@@ -283,7 +283,8 @@ class EngineThread:
         try:
             self._work()
         except BaseException as error:
-            logger.exception("the engine thread died")
+            has_reason = isinstance(error, EngineDeadError)  # such as another rank's end
+            logger.exception("the engine thread died: %s", error, exc_info=not has_reason)
             self._post(self._die, error)
         finally:
             self._engine.close()

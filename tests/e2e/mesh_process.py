@@ -8,7 +8,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ class MeshProcess:
 
     launcher: "subprocess.Popen[str]"
     state_file: Path
+    output: list[str] = field(default_factory=list)
+
+    def log(self) -> str:
+        """What the launcher printed: up to the ready line, and all of it once the mesh is down."""
+        return "".join(self.output)
 
     def processes(self, role: str | None = None) -> list[dict[str, Any]]:
         state: list[dict[str, Any]] = json.loads(self.state_file.read_text())
@@ -43,7 +48,7 @@ class MeshProcess:
         os.kill(pid, how)
         return pid
 
-    def metric(self, role: str, name: str, **labels: str) -> float:
+    def metric(self, role: str, name: str, /, **labels: str) -> float:
         """The sum of a metric's samples over the processes of a role."""
         total = 0.0
         for entry in self.processes(role):
@@ -82,8 +87,9 @@ def mesh_process(
                 break
         else:
             raise AssertionError(f"isthmus up ended with {launcher.wait()}:\n{''.join(output)}")
-        yield MeshProcess(launcher, state_file)
+        yield MeshProcess(launcher, state_file, output)
     finally:
         launcher.send_signal(signal.SIGTERM)
         rest, _ = launcher.communicate(timeout=STOP_TIMEOUT_S)
-        sys.stdout.write("".join(output) + rest)  # shown by pytest when the test failed
+        output.append(rest)
+        sys.stdout.write("".join(output))  # shown by pytest when the test failed

@@ -18,14 +18,14 @@ from protos.isthmus.v1 import inference_pb2_grpc as pb_grpc
 from tests.e2e.mesh_process import MeshProcess, mesh_process
 from tests.e2e.one_engine import OneEngine, one_engine
 from tests.e2e.prompts import text_of_length
-from tests.e2e.test_trace import SPAN_NAMES
+from tests.e2e.test_trace import SERVICE_OF
 from tests.e2e.trace_collector import trace_collector
 
 LENGTHS = (1, 33, 300)
 NUM_LAYERS, NUM_KV_HEADS, HEAD_DIM = 30, 3, 64  # of the demo model
 NUM_BYTES = sum(LENGTHS) * NUM_LAYERS * NUM_KV_HEADS * 2 * HEAD_DIM * 4
 """Of the prompts' KV: on up to three ranks no head is held twice."""
-NAMES = SPAN_NAMES - {"tokenise"}  # prompts are given as tokens
+NAMES = SERVICE_OF.keys() - {"tokenise"}  # prompts are given as tokens
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 LAYOUTS = [
     pytest.param(prefill, decode, id=f"{prefill}-to-{decode}")
