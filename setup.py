@@ -33,6 +33,7 @@ PORTABLE_UNITS = [
     ("pool", []),
     ("library", []),
     ("collectives", []),
+    ("copy", []),
     ("mailbox", []),
     ("rank_sum", []),
     ("rank_wait", []),

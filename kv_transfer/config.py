@@ -42,7 +42,14 @@ class TransferConfig:
     """tcp: host:port that the receiver listens on. With a wildcard host, senders connect to the
     host under which they know the worker's gRPC server."""
     max_data_connections: int = 256
-    """tcp: more are refused; each sending worker holds one."""
+    """tcp: more are refused; each sending worker holds one or a few."""
+    max_connections_per_peer: int = 4
+    """tcp: a push of many MiB is spread over so many, but no more than half of the cores here."""
+    tls_cert: str = ""
+    """tcp: PEM files of this end's certificate, its key, and the authority that has signed both
+    ends' certificates; all three or none. With them the data port speaks nothing but TLS."""
+    tls_key: str = ""
+    tls_ca: str = ""
     checksums: Checksums = Checksums.NETWORK
     """Of the sender. Damage is sent again once; then the handover fails."""
     slice_bytes: int = 1 << 20
@@ -59,11 +66,22 @@ class TransferConfig:
             "rpc_timeout_s",
             "data_timeout_s",
             "max_data_connections",
+            "max_connections_per_peer",
             "slice_bytes",
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         address_from(self.data_address)
+        if len({bool(path) for path in (self.tls_cert, self.tls_key, self.tls_ca)}) > 1:
+            raise ValueError(
+                "tls_cert, tls_key and tls_ca belong together, got"
+                f" {self.tls_cert!r}, {self.tls_key!r}, {self.tls_ca!r}"
+            )
+
+    @property
+    def is_secured(self) -> bool:
+        """The tcp data port speaks TLS."""
+        return bool(self.tls_cert)
 
 
 def address_from(text: str) -> tuple[str, int]:

@@ -109,12 +109,12 @@ def tcp_to_pb(offer: RankOffer) -> pb.TcpOffer | None:
     if offer.tcp is None:
         return None
     host = f"[{offer.tcp.host}]" if ":" in offer.tcp.host else offer.tcp.host
-    return pb.TcpOffer(address=f"{host}:{offer.tcp.port}")
+    return pb.TcpOffer(address=f"{host}:{offer.tcp.port}", is_secured=offer.tcp.is_secured)
 
 
 def _tcp_from(message: pb.TcpOffer) -> TcpOffer:
     try:
-        return TcpOffer(*address_from(message.address))
+        return TcpOffer(*address_from(message.address), is_secured=message.is_secured)
     except ValueError as error:
         raise InvalidRequestError(f"data address: {error}") from error
 

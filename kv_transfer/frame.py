@@ -1,29 +1,39 @@
-"""The tcp data plane's frames: a fixed header before each payload, a fixed answer after each push.
+"""The tcp data plane's frames: header, block ids, payload; a fixed answer after each push.
 
-Big-endian. A frame carries neighbouring slots of a box of one block: slots_LJGNX as in `blocks`.
+Big-endian. A frame carries the same slots of the same box of some blocks, block by block, each
+slots_LJGNX as in `blocks`. Header and block ids have checksums of their own, so that a damaged
+one is found before its payload falls into the wrong place, and so has the answer.
 """
 
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 
+import numpy as np
+import xxhash
+
+from kv_transfer.copying import Offsets
 from kv_transfer.reshard import Box
 
 MAGIC = b"ISKV"
 VERSION = 3
 
-# magic, version, flags, reserved, writer id, push, lease id, epoch, block id, first slot, slots,
-# first layer, layers, first head, heads, bytes, checksum
-_HEADER = struct.Struct(">4sBBHQQQQIIIIIIIIQ")
+# magic, version, flags, reserved, writer id, push, lease id, epoch, blocks, first slot, slots,
+# first layer, layers, first head, heads, bytes, checksums of payload and block ids
+_HEADER = struct.Struct(">4sBBHQQQQIIIIIIIQQQ")
 # magic, version, status, reserved, push, lease id
 _ANSWER = struct.Struct(">4sBBHQQ")
-HEADER_BYTES = _HEADER.size
-ANSWER_BYTES = _ANSWER.size
+_SEAL = struct.Struct(">Q")
+HEADER_BYTES = _HEADER.size + _SEAL.size
+ANSWER_BYTES = _ANSWER.size + _SEAL.size
+BLOCK_ID = np.dtype(">u4")
+MAX_BLOCKS = 1024
+"""In one frame."""
 
 
 class FrameFlag(IntFlag):
     LAST = 1
-    """The push ends with this frame: answer it."""
+    """The push ends with this frame on this connection: answer it."""
     CHECKSUM = 2
     """`checksum` is the payload's xxh3_64."""
 
@@ -55,59 +65,77 @@ class FrameHeader:
     and the first frame of that shuts the earlier one out."""
     lease_id: int
     epoch: int
-    block_id: int
+    num_blocks: int
     first_slot: int
     num_slots: int
     box: Box
     """Of the receiving rank's pool."""
     num_bytes: int
     checksum: int
+    ids_checksum: int
 
     def to_bytes(self) -> bytes:
-        return _HEADER.pack(
-            MAGIC,
-            VERSION,
-            self.flags,
-            0,
-            self.writer_id,
-            self.push,
-            self.lease_id,
-            self.epoch,
-            self.block_id,
-            self.first_slot,
-            self.num_slots,
-            self.box.first_layer,
-            self.box.num_layers,
-            self.box.first_head,
-            self.box.num_heads,
-            self.num_bytes,
-            self.checksum,
+        return _sealed(
+            _HEADER.pack(
+                MAGIC,
+                VERSION,
+                self.flags,
+                0,
+                self.writer_id,
+                self.push,
+                self.lease_id,
+                self.epoch,
+                self.num_blocks,
+                self.first_slot,
+                self.num_slots,
+                self.box.first_layer,
+                self.box.num_layers,
+                self.box.first_head,
+                self.box.num_heads,
+                self.num_bytes,
+                self.checksum,
+                self.ids_checksum,
+            )
         )
 
 
-def header_from(data: bytes | bytearray | memoryview) -> FrameHeader:
+def header_from(data: bytes | bytearray) -> FrameHeader:
     """Parse HEADER_BYTES bytes; raises FrameError unless they are a header of this version."""
-    magic, version, flags, reserved, *place, num_bytes, checksum = _HEADER.unpack(data)
+    magic, version, flags, reserved, *rest = _HEADER.unpack_from(data)
     if magic != MAGIC:
         raise FrameError("bad_magic")
     if version != VERSION:
         raise FrameError("bad_version")
+    if not _is_sealed(data):
+        raise FrameError("damaged")
     if reserved or flags > _ALL_FLAGS:
         raise FrameError("bad_flags")
-    writer_id, push, lease_id, epoch, block_id, first_slot, num_slots, *box = place
+    writer_id, push, lease_id, epoch, num_blocks, first_slot, num_slots, *box, size, of, ids = rest
     return FrameHeader(
         flags=FrameFlag(flags),
         writer_id=writer_id,
         push=push,
         lease_id=lease_id,
         epoch=epoch,
-        block_id=block_id,
+        num_blocks=num_blocks,
         first_slot=first_slot,
         num_slots=num_slots,
         box=Box(*box),
-        num_bytes=num_bytes,
-        checksum=checksum,
+        num_bytes=size,
+        checksum=of,
+        ids_checksum=ids,
     )
+
+
+def ids_to_bytes(block_ids: Offsets) -> bytes:
+    return block_ids.astype(BLOCK_ID).tobytes()
+
+
+def ids_from(header: FrameHeader, data: bytes | bytearray | memoryview) -> Offsets:
+    """Parse the block ids behind a header; raises FrameError when they were damaged."""
+    if xxhash.xxh3_64_intdigest(data) != header.ids_checksum:
+        raise FrameError("damaged")
+    return np.frombuffer(data, BLOCK_ID).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,15 +145,24 @@ class PushAnswer:
     lease_id: int
 
     def to_bytes(self) -> bytes:
-        return _ANSWER.pack(MAGIC, VERSION, self.status, 0, self.push, self.lease_id)
+        return _sealed(_ANSWER.pack(MAGIC, VERSION, self.status, 0, self.push, self.lease_id))
 
 
-def answer_from(data: bytes | bytearray | memoryview) -> PushAnswer:
+def answer_from(data: bytes | bytearray) -> PushAnswer:
     """Parse ANSWER_BYTES bytes; raises FrameError unless they are an answer of this version."""
-    magic, version, status, reserved, push, lease_id = _ANSWER.unpack(data)
-    if magic != MAGIC or version != VERSION or reserved:
+    magic, version, status, reserved, push, lease_id = _ANSWER.unpack_from(data)
+    if magic != MAGIC or version != VERSION or reserved or not _is_sealed(data):
         raise FrameError("bad_answer")
     try:
         return PushAnswer(PushStatus(status), push, lease_id)
     except ValueError:
         raise FrameError("bad_answer") from None
+
+
+def _sealed(data: bytes) -> bytes:
+    return data + _SEAL.pack(xxhash.xxh3_64_intdigest(data))
+
+
+def _is_sealed(data: bytes | bytearray) -> bool:
+    seal: int = _SEAL.unpack_from(data, len(data) - _SEAL.size)[0]
+    return seal == xxhash.xxh3_64_intdigest(memoryview(data)[: -_SEAL.size])

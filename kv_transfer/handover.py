@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from engine.errors import KvCorruptionError, KvLeaseLostError, PeerUnavailableError
 from engine.scheduling.data_shard import pool_blocks
-from kv_transfer.blocks import SlotRange, slot_ranges
 from kv_transfer.group_layout import GroupLayout
 from kv_transfer.peer import Peer
 from kv_transfer.plane import WritePermit
@@ -16,6 +15,7 @@ from kv_transfer.report import HandoverReport
 from kv_transfer.reshard import num_handover_bytes
 from kv_transfer.sending_rank import RankLink
 from kv_transfer.session import Session, outcome_of
+from kv_transfer.slot_ranges import SlotRange, SlotRanges, slot_ranges
 from kv_transfer.states import HANDOVERS, HandoverEvent, HandoverState
 from kv_transfer.together import together
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
@@ -119,10 +119,10 @@ class Handover:
                 f"push of tokens [{first_token}, {end}) where [{first}, {self._num_tokens}) is left"
             )
         data_shard, local_blocks = pool_blocks(local_block_ids, self._num_blocks)
-        parts_of_shard: dict[int, list[SlotRange]] = {}
+        parts_of_shard: dict[int, list[SlotRanges]] = {}
         for shard in self._cut_shards(shards, first_token, end):
             if shard.end_token > first:
-                parts_of_shard.setdefault(shard.token_shard, []).extend(
+                parts_of_shard.setdefault(shard.token_shard, []).append(
                     slot_ranges(
                         local_blocks,
                         self._remote_blocks,
@@ -134,7 +134,8 @@ class Handover:
                 )
         self._end_token = end
         try:
-            num_bytes = await self._write(parts_of_shard, data_shard)
+            ranges = {shard: SlotRanges.joined(parts) for shard, parts in parts_of_shard.items()}
+            num_bytes = await self._write(ranges, data_shard)
         except Exception as error:
             self._failure = self._failure or error
             self._move(HandoverEvent.WRITE_FAILED)

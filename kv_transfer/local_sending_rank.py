@@ -2,18 +2,22 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from engine.errors import LayoutMismatchError, PeerUnavailableError
-from kv_transfer.blocks import HostBlocks, SlotRange, host_blocks, source_from
+from kv_transfer.blocks import HostBlocks, host_blocks, source_from
 from kv_transfer.config import Checksums, DataPlane, TransferConfig, address_from
 from kv_transfer.memory import KvMemory
+from kv_transfer.offer import TcpOffer
 from kv_transfer.plane import KvWriter, WritePermit
 from kv_transfer.sending_rank import RankLink, Target
 from kv_transfer.shm import ShmWriter
+from kv_transfer.slot_ranges import SlotRange
 from kv_transfer.tcp_writer import TcpWriter
+from kv_transfer.tls import client_context
 
 logger = logging.getLogger(__name__)
 
@@ -145,18 +149,33 @@ def choose_writer(target: Target, config: TransferConfig) -> WriterChoice:
         else:
             return WriterChoice(writer, None)
     if config.data_plane is not DataPlane.SHM and offer.tcp is not None:
-        host, port = offer.tcp.host, offer.tcp.port
-        if host in _WILDCARD_HOSTS:
-            host = address_from(target.peer_address)[0]
-        return WriterChoice(
-            TcpWriter(
-                (host, port),
-                timeout_s=config.data_timeout_s,
-                has_checksums=config.checksums is not Checksums.NEVER,
-            ),
-            reason,
-        )
+        return WriterChoice(_tcp_writer(offer.tcp, target, config), reason)
     raise LayoutMismatchError(
         f"data_plane is {config.data_plane} here but {target.name} offers"
         f" shm: {'yes' if offer.shm else 'no'}, tcp: {'yes' if offer.tcp else 'no'}"
+    )
+
+
+def _tcp_writer(offer: TcpOffer, target: Target, config: TransferConfig) -> TcpWriter:
+    if offer.is_secured != config.is_secured:
+        ends = (target.name, "this end") if offer.is_secured else ("this end", target.name)
+        raise LayoutMismatchError(
+            f"{ends[0]} speaks TLS on data connections but {ends[1]} does not: set tls_cert,"
+            " tls_key and tls_ca at both ends"
+        )
+    host = offer.host
+    if host in _WILDCARD_HOSTS:
+        host = address_from(target.peer_address)[0]
+    try:
+        tls = client_context(config)
+    except OSError as error:
+        raise LayoutMismatchError(f"TLS of data connections: {error}") from error
+    return TcpWriter(
+        (host, offer.port),
+        timeout_s=config.data_timeout_s,
+        has_checksums=config.checksums is not Checksums.NEVER,
+        num_connections=min(
+            config.max_connections_per_peer, max(1, len(os.sched_getaffinity(0)) // 2)
+        ),
+        tls=tls,
     )

@@ -3,13 +3,13 @@
 import threading
 from collections.abc import Sequence
 
-import numpy as np
-
 from engine.errors import KvLeaseLostError
-from kv_transfer.blocks import BlockSource, HostBlocks, SlotRange, copy_batches
+from kv_transfer.blocks import BlockSource, HostBlocks
+from kv_transfer.copying import copy_runs
 from kv_transfer.memory import KvMemory
 from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.reshard import Transfer
+from kv_transfer.slot_ranges import SlotRange
 
 
 class LoopbackIntake:
@@ -67,17 +67,16 @@ class LoopbackWriter:
         transfers: Sequence[Transfer],
     ) -> int:
         num_bytes = 0
-        for batch in copy_batches(
-            source, self._intake.blocks, parts, transfers, max_bytes=self._slice_bytes
-        ):
-            self._intake.begin(permit.lease_id)
-            try:
-                permit.check()
-                for target, piece in batch:
-                    np.copyto(target, piece)
-                    num_bytes += piece.nbytes
-            finally:
-                self._intake.end(permit.lease_id)
+        target = self._intake.blocks
+        for piece in source.pieces_for(target.layout, parts, transfers):
+            num_bytes += piece.num_bytes
+            for copies in piece.copies(self._slice_bytes):
+                self._intake.begin(permit.lease_id)
+                try:
+                    permit.check()
+                    copy_runs(target.flat, source.blocks.flat, *copies, is_streaming=False)
+                finally:
+                    self._intake.end(permit.lease_id)
         return num_bytes
 
     def close(self) -> None:

@@ -24,6 +24,8 @@ class TcpOffer:
 
     host: str
     port: int
+    is_secured: bool = False
+    """It speaks TLS only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.errors import IsthmusError, KvLeaseLostError
-from kv_transfer.blocks import BlockSource, SlotRange
+from kv_transfer.blocks import BlockSource
 from kv_transfer.reshard import Transfer
+from kv_transfer.slot_ranges import SlotRange
 
 
 class WriteStoppedError(IsthmusError):

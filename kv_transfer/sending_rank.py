@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.kv_cache.layout import KvLayout
-from kv_transfer.blocks import SlotRange
 from kv_transfer.offer import RankOffer
 from kv_transfer.plane import WritePermit
 from kv_transfer.reshard import Transfer
+from kv_transfer.slot_ranges import SlotRange
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from engine.errors import IsthmusError
-from kv_transfer.blocks import SlotRange
 from kv_transfer.offer import Offer
 from kv_transfer.sending_group import ShardLink
 from kv_transfer.sending_rank import RankLink
+from kv_transfer.slot_ranges import SlotRange
 
 if TYPE_CHECKING:
     from kv_transfer.plane import WritePermit

@@ -24,11 +24,13 @@ from engine.errors import KvCorruptionError, KvLeaseLostError, PeerUnavailableEr
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.populate import populate
 from kv_transfer import range_lock
-from kv_transfer.blocks import BlockSource, HostBlocks, SlotRange, copy_batches
+from kv_transfer.blocks import BlockSource, HostBlocks
+from kv_transfer.copying import STREAMING_BYTES, Offsets, copy_runs
 from kv_transfer.memory import NONCE_BYTES, KvMemory
 from kv_transfer.offer import ShmOffer
 from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.reshard import Transfer
+from kv_transfer.slot_ranges import SlotRange
 
 _PATH = re.compile(r"/proc/[1-9][0-9]{0,9}/fd/(0|[1-9][0-9]{0,6})")
 
@@ -88,16 +90,17 @@ class ShmWriter:
         blocks = self._blocks
         assert blocks is not None, "write after close"
         num_bytes = 0
-        for batch in copy_batches(source, blocks, parts, transfers, max_bytes=self._slice_bytes):
-            with range_lock.writing(self._fd, permit.lease_id) as is_open:
-                if not is_open:
-                    raise KvLeaseLostError(f"the receiver took lease {permit.lease_id} back")
-                permit.check()
-                for target, piece in batch:
-                    np.copyto(target, piece)
-                    num_bytes += piece.nbytes
-                    if self._is_checked and not np.array_equal(target, piece):
-                        raise KvCorruptionError(f"{self.name}: not what was written is there")
+        for piece in source.pieces_for(blocks.layout, parts, transfers):
+            num_bytes += piece.num_bytes
+            is_streaming = piece.num_bytes >= STREAMING_BYTES
+            for copies in piece.copies(self._slice_bytes):
+                with range_lock.writing(self._fd, permit.lease_id) as is_open:
+                    if not is_open:
+                        raise KvLeaseLostError(f"the receiver took lease {permit.lease_id} back")
+                    permit.check()
+                    copy_runs(blocks.flat, source.blocks.flat, *copies, is_streaming=is_streaming)
+                    if self._is_checked:
+                        self._compare(blocks, source, copies)
         return num_bytes
 
     def close(self) -> None:
@@ -107,6 +110,14 @@ class ShmWriter:
             self._blocks = None  # the map cannot close under a view
             self._map.close()
             os.close(self._fd)
+
+    def _compare(
+        self, blocks: HostBlocks, source: BlockSource, copies: tuple[Offsets, Offsets, Offsets]
+    ) -> None:
+        for there, here, length in zip(*(column.tolist() for column in copies), strict=True):
+            written = blocks.flat[there : there + length]
+            if not np.array_equal(written, source.blocks.flat[here : here + length]):
+                raise KvCorruptionError("shm: what was written is not what is there")
 
     def _populate(self) -> None:
         """Map the pool's pages ahead of the writes: faults would take longer than the copies."""

@@ -1,16 +1,26 @@
 """Whole messages over a blocking TCP socket that wakes up now and then to look around."""
 
+import contextlib
 import socket
+import ssl
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 TICK_S = 0.2
 """How often a blocked call looks whether it should go on."""
+MAX_BUFFERS = 1024
+"""In one system call (IOV_MAX)."""
+
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
 class StalledError(OSError):
     """The peer moved no byte for too long."""
+
+
+class HandshakeError(OSError):
+    """The peer speaks no TLS, or shows no certificate that is trusted."""
 
 
 def prepare(sock: socket.socket) -> None:
@@ -22,18 +32,44 @@ def prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def secured(sock: socket.socket, context: ssl.SSLContext, *, is_server: bool) -> ssl.SSLSocket:
+    """The same connection with TLS, once `shake_hands` has returned; `sock` is of no more use."""
+    return context.wrap_socket(sock, server_side=is_server, do_handshake_on_connect=False)
+
+
+def shake_hands(sock: ssl.SSLSocket, *, timeout_s: float) -> None:
+    """Raises HandshakeError also when it takes too long."""
+    end_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            sock.do_handshake()
+        except _WOULD_BLOCK:
+            if time.monotonic() > end_s:
+                raise HandshakeError(f"no TLS handshake within {timeout_s} s") from None
+        except OSError as error:
+            raise HandshakeError(f"TLS: {error}") from error
+        else:
+            return
+
+
+def shutdown(sock: socket.socket) -> None:
+    """End both directions; whoever is blocked on the socket finds it closed. Any thread."""
+    with contextlib.suppress(OSError):
+        # Not SSLSocket's own: the blocked thread would go on as if there had been no TLS.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
 def receive(
     sock: socket.socket,
-    target: memoryview,
-    *,
+    *targets: memoryview,
     timeout_s: float | None,
     check: Callable[[], None] | None = None,
 ) -> bool:
-    """Fill `target`; False when the peer has closed before the first byte.
+    """Fill `targets`, one after the other; False when the peer has closed before the first byte.
 
     Args:
         sock: prepared.
-        target: flat bytes.
+        targets: flat bytes, none empty.
         timeout_s: longest time without a byte; None waits for the first byte for ever.
         check: called on every tick; raises to give up.
 
@@ -41,44 +77,68 @@ def receive(
         StalledError: no byte came for `timeout_s`.
         ConnectionResetError: the peer closed in the middle.
     """
-    got = 0
+    left = list(targets)
+    index = 0
+    has_begun = False
     progress_s = time.monotonic()
-    while got < len(target):
+    while index < len(left):
         try:
-            count = sock.recv_into(target[got:], 0, socket.MSG_WAITALL)
-        except BlockingIOError:
+            count = _receive_some(sock, left[index : index + MAX_BUFFERS])
+        except _WOULD_BLOCK:
             if check is not None:
                 check()
             if timeout_s is not None and time.monotonic() - progress_s > timeout_s:
                 raise StalledError(f"no byte for {timeout_s} s") from None
             continue
         if count == 0:
-            if got == 0:
+            if not has_begun:
                 return False
             raise ConnectionResetError("closed in the middle of a message")
-        got += count
+        has_begun = True
+        index = _advance(left, index, count)
         progress_s = time.monotonic()
     return True
 
 
 def send(
     sock: socket.socket,
-    header: bytes,
-    payload: memoryview,
-    *,
+    *buffers: bytes | memoryview,
     timeout_s: float,
     check: Callable[[], None],
 ) -> None:
-    """Send all of both; raises as `receive`."""
-    sent = 0
-    total = len(header) + len(payload)
+    """Send all of `buffers`, none of them empty; raises as `receive`."""
+    left = [memoryview(buffer) for buffer in buffers]
+    index = 0
     progress_s = time.monotonic()
-    while sent < total:
-        rest = (memoryview(header)[sent:], payload[max(0, sent - len(header)) :])
+    while index < len(left):
         try:
-            sent += sock.sendmsg(rest)
-            progress_s = time.monotonic()
-        except BlockingIOError:
+            count = _send_some(sock, left[index : index + MAX_BUFFERS])
+        except _WOULD_BLOCK:
             check()
             if time.monotonic() - progress_s > timeout_s:
                 raise StalledError(f"no byte taken for {timeout_s} s") from None
+            continue
+        index = _advance(left, index, count)
+        progress_s = time.monotonic()
+
+
+def _receive_some(sock: socket.socket, targets: Sequence[memoryview]) -> int:
+    if isinstance(sock, ssl.SSLSocket):
+        return sock.recv_into(targets[0])
+    if len(targets) == 1:
+        return sock.recv_into(targets[0], 0, socket.MSG_WAITALL)
+    return sock.recvmsg_into(targets, 0, socket.MSG_WAITALL)[0]
+
+
+def _send_some(sock: socket.socket, buffers: Sequence[memoryview]) -> int:
+    return sock.send(buffers[0]) if isinstance(sock, ssl.SSLSocket) else sock.sendmsg(buffers)
+
+
+def _advance(left: list[memoryview], index: int, count: int) -> int:
+    """The first buffer that is not done after `count` more bytes; what is done of it is cut off."""
+    while index < len(left) and count >= len(left[index]):
+        count -= len(left[index])
+        index += 1
+    if count:
+        left[index] = left[index][count:]
+    return index

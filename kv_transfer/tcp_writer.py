@@ -1,12 +1,10 @@
-"""Data plane between hosts, sender's end: frames over one connection to the receiver."""
+"""Data plane between hosts, sender's end: frames over one or several connections to a receiver."""
 
 import secrets
-import socket
+import ssl
+import threading
 from collections.abc import Sequence
-from itertools import product
-
-import numpy as np
-import xxhash
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from engine.errors import (
     IsthmusError,
@@ -15,18 +13,14 @@ from engine.errors import (
     LayoutMismatchError,
     PeerUnavailableError,
 )
-from kv_transfer import stream
-from kv_transfer.blocks import BlockSource, SlotRange
-from kv_transfer.frame import (
-    ANSWER_BYTES,
-    FrameError,
-    FrameFlag,
-    FrameHeader,
-    PushStatus,
-    answer_from,
-)
+from kv_transfer.blocks import BlockSource
+from kv_transfer.frame import MAX_BLOCKS, PushStatus
+from kv_transfer.gate import FRAME_BYTES
 from kv_transfer.plane import WritePermit
 from kv_transfer.reshard import Transfer
+from kv_transfer.runs import Piece
+from kv_transfer.slot_ranges import SlotRange
+from kv_transfer.tcp_connection import OtherFailedError, Push, SendingConnection
 
 _ERROR_OF: dict[PushStatus, type[IsthmusError]] = {
     PushStatus.LEASE_LOST: KvLeaseLostError,
@@ -36,17 +30,36 @@ _ERROR_OF: dict[PushStatus, type[IsthmusError]] = {
 
 
 class TcpWriter:
-    """Connects with the first write, and with the next one when the connection is gone."""
+    """Spreads the frames of a push over its connections, a thread for each."""
 
     name = "tcp"
 
-    def __init__(self, address: tuple[str, int], *, timeout_s: float, has_checksums: bool) -> None:
-        self._address = address
-        self._timeout_s = timeout_s
-        self._has_checksums = has_checksums
-        self._socket: socket.socket | None = None
+    def __init__(
+        self,
+        address: tuple[str, int],
+        *,
+        timeout_s: float,
+        has_checksums: bool,
+        num_connections: int = 1,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            address: host and port of the receiver's listener.
+            timeout_s: longest time without progress.
+            has_checksums: send one with each frame.
+            num_connections: at most so many; each frame of a push may have one of its own.
+            tls: to speak it.
+        """
+        self._peer = "data port {}:{}".format(*address)
         self._writer_id = secrets.randbits(64)
         self._num_pushes = 0
+        self._connections = [
+            SendingConnection(address, timeout_s=timeout_s, has_checksums=has_checksums, tls=tls)
+            for _ in range(num_connections)
+        ]
+        self._threads: ThreadPoolExecutor | None = None
 
     def write(
         self,
@@ -55,105 +68,56 @@ class TcpWriter:
         parts: Sequence[SlotRange],
         transfers: Sequence[Transfer],
     ) -> int:
-        frames = list(product(parts, transfers))
+        frames = [
+            frame
+            # Frames name slots of the target's blocks: only the receiver needs its layout.
+            for piece in source.pieces_for(source.blocks.layout, parts, transfers)
+            for frame in piece.cut(max(1, min(MAX_BLOCKS, FRAME_BYTES // piece.source.block_bytes)))
+        ]
         if not frames:
             return 0
-        sock = self._socket or self._connect()
+        self._num_pushes += 1
+        push = Push(self._writer_id, self._num_pushes, permit, source, threading.Event())
+        used = self._connections[: len(frames)]
+        shares = [frames[index :: len(used)] for index in range(len(used))]
+        others = [
+            self._pool().submit(self._write, push, connection, share)
+            for connection, share in zip(used[1:], shares[1:], strict=True)
+        ]
         try:
-            return self._write(sock, permit, source, frames)
-        except OSError as error:
-            raise PeerUnavailableError(f"{self._peer}: {error}") from error
+            self._write(push, used[0], shares[0])
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
+        return sum(frame.num_bytes for frame in frames)
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        for connection in self._connections:
+            connection.close()
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
 
-    @property
-    def _peer(self) -> str:
-        return "data port {}:{}".format(*self._address)
-
-    def _connect(self) -> socket.socket:
-        try:
-            sock = socket.create_connection(self._address, timeout=self._timeout_s)
-        except OSError as error:
-            raise PeerUnavailableError(f"{self._peer}: {error}") from error
-        stream.prepare(sock)
-        self._socket = sock
-        return sock
-
-    def _write(
-        self,
-        sock: socket.socket,
-        permit: WritePermit,
-        source: BlockSource,
-        frames: Sequence[tuple[SlotRange, Transfer]],
-    ) -> int:
-        self._num_pushes += 1
-        num_bytes = 0
+    def _write(self, push: Push, connection: SendingConnection, frames: Sequence[Piece]) -> None:
         status = None
         try:
-            for index, frame in enumerate(frames):
-                permit.check()
-                is_last = index == len(frames) - 1
-                num_bytes += self._send_frame(sock, permit, source, *frame, is_last=is_last)
-            status = self._await_answer(sock, permit)
+            status = connection.write(push, frames)
+        except OtherFailedError:
+            return
+        except OSError as error:
+            raise PeerUnavailableError(f"{self._peer}: {error}") from error
         finally:
             if status is not PushStatus.WRITTEN:
-                self.close()  # the receiver drops what it has of an unfinished frame
+                push.is_broken.set()
+                connection.close()  # the receiver drops what it has of an unfinished frame
         if status is not PushStatus.WRITTEN:
             raise _ERROR_OF[status](
-                f"{self._peer} answered {status.name} for lease {permit.lease_id}"
+                f"{self._peer} answered {status.name} for lease {push.permit.lease_id}"
             )
-        return num_bytes
 
-    def _send_frame(
-        self,
-        sock: socket.socket,
-        permit: WritePermit,
-        source: BlockSource,
-        part: SlotRange,
-        transfer: Transfer,
-        *,
-        is_last: bool,
-    ) -> int:
-        payload = np.ascontiguousarray(source.slots(part, transfer.source)).reshape(-1)
-        flags = FrameFlag(0)
-        checksum = 0
-        if is_last:
-            flags |= FrameFlag.LAST
-        if self._has_checksums:
-            flags |= FrameFlag.CHECKSUM
-            checksum = xxhash.xxh3_64_intdigest(payload.data)
-        header = FrameHeader(
-            flags=flags,
-            writer_id=self._writer_id,
-            push=self._num_pushes,
-            lease_id=permit.lease_id,
-            epoch=permit.epoch,
-            block_id=part.remote_block_id,
-            first_slot=part.remote_slot,
-            num_slots=part.num_slots,
-            box=transfer.target,
-            num_bytes=payload.nbytes,
-            checksum=checksum,
-        )
-        stream.send(
-            sock, header.to_bytes(), payload.data, timeout_s=self._timeout_s, check=permit.check
-        )
-        return payload.nbytes
-
-    def _await_answer(self, sock: socket.socket, permit: WritePermit) -> PushStatus:
-        data = bytearray(ANSWER_BYTES)
-        is_open = stream.receive(
-            sock, memoryview(data), timeout_s=self._timeout_s, check=permit.check
-        )
-        if not is_open:
-            raise ConnectionResetError("closed before the push was answered")
-        try:
-            answer = answer_from(data)
-        except FrameError as error:
-            raise ConnectionResetError(f"unreadable answer ({error})") from error
-        if (answer.push, answer.lease_id) != (self._num_pushes, permit.lease_id):
-            raise ConnectionResetError("answer to another push")
-        return answer.status
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._threads is None:
+            num_threads = len(self._connections) - 1
+            self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="kv-write-more")
+        return self._threads

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from engine.errors import InvalidRequestError
 from engine.kv_cache.layout import KvLayout
 from kv_transfer import convert
-from kv_transfer.blocks import SlotRange
 from kv_transfer.memory import KvMemory
 from kv_transfer.plane import WriteWindow
 from kv_transfer.reshard import Box, Transfer
 from kv_transfer.sending_rank import Target
+from kv_transfer.slot_ranges import SlotRange
 from protos.isthmus.v1 import kv_rank_pb2 as pb
 
 MAX_LEASE_ID = (1 << 62) - 1

@@ -11,11 +11,11 @@ from grpc import StatusCode, aio
 
 from engine.errors import DeadlineError, RankDeadError
 from kv_transfer import convert
-from kv_transfer.blocks import SlotRange
 from kv_transfer.offer import RankOffer
 from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.rank import convert as rank_convert
 from kv_transfer.sending_rank import RankLink, Target
+from kv_transfer.slot_ranges import SlotRange
 from mesh.status import ERROR_TRAILER, error_from_rpc
 from protos.isthmus.v1 import kv_rank_pb2 as pb
 from protos.isthmus.v1 import kv_rank_pb2_grpc as pb_grpc

@@ -2,32 +2,28 @@
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from grpc import aio
 
 from engine.kv_cache.layout import KvLayout
-from kv_transfer.config import DataPlane, TransferConfig
+from kv_transfer.config import TransferConfig
 from kv_transfer.group_layout import GroupLayout
-from kv_transfer.local_receiving_rank import LocalReceivingRank
-from kv_transfer.local_sending_rank import LocalSendingRank, WriterChoice
-from kv_transfer.loopback import LoopbackIntake, LoopbackWriter
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.report import HandoverReport
 from kv_transfer.sender import KvSender
 from kv_transfer.sending_group import SendingGroup
-from kv_transfer.sending_rank import Target
 from kv_transfer.servicer import KvTransferServicer
 from mesh.channel import open_channel
 from mesh.server import listening
 from protos.isthmus.v1 import kv_transfer_pb2_grpc as pb_grpc
 from tests.fakes.engine import FakeEngine
-from tests.fakes.kv_memory import TINY_LAYOUT, DeviceMemory, HostMemory
+from tests.fakes.kv_memory import TINY_LAYOUT, HostMemory
+from tests.fakes.kv_planes import FAST, ends_of, memory_types
 
-PLANES = ("shm", "tcp", "loopback", "tcp-from-device", "tcp-to-device")
-FAST = TransferConfig(lease_s=1.0, reserve_timeout_s=5.0, rpc_timeout_s=2.0, data_timeout_s=1.0)
+__all__ = ["FAST", "KvPair", "kv_pair", "serving"]
 
 
 @dataclass(slots=True)
@@ -65,24 +61,14 @@ async def kv_pair(
 ) -> AsyncIterator[KvPair]:
     """Both ends in one process, joined by the data plane of that name."""
     clocks: dict[str, Any] = {} if clock is None else {"clock": clock}
-    data_plane, _, detail = plane.partition("-")
-    if data_plane != "loopback":
-        config = replace(config, data_plane=DataPlane(data_plane))
-    local_type = DeviceMemory if detail == "from-device" else HostMemory
-    remote_type = DeviceMemory if detail == "to-device" else HostMemory
+    local_type, remote_type = memory_types(plane)
     engine = engine or FakeEngine(num_blocks=num_blocks, block_size_tokens=4)
     reports: list[HandoverReport] = []
     async with AsyncExitStack() as stack:
         local = stack.enter_context(local_type(layout=sender_layout).fill_randomly(seed=1))
         remote = stack.enter_context(remote_type(num_blocks).fill_randomly(seed=2))
-        loopback = LoopbackIntake(remote) if data_plane == "loopback" else None
-
-        def open_loopback(target: Target, config: TransferConfig) -> WriterChoice:
-            assert loopback is not None
-            return WriterChoice(LoopbackWriter(loopback, slice_bytes=config.slice_bytes), None)
-
-        source = LocalSendingRank(local, config, open_writer=open_loopback if loopback else None)
-        target = LocalReceivingRank(remote, config, other_planes=(loopback,) if loopback else ())
+        ends = ends_of(plane, local, remote, config)
+        source, target, config = ends.source, ends.target, ends.config
         receiver = await stack.enter_async_context(
             KvReceiver(
                 engine,

@@ -9,10 +9,9 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from kv_transfer import stream
+from kv_transfer import shm, stream
 from kv_transfer.config import DataPlane
+from kv_transfer.copying import copy_runs
 from kv_transfer.sender import KvSender
 from kv_transfer.sending_group import SendingGroup
 from mesh.channel import open_channel
@@ -26,20 +25,21 @@ def hang() -> None:
     threading.Event().wait()
 
 
-def hang_in_copy(target: Any, piece: Any) -> None:
-    target[: len(target) // 2] = piece[: len(piece) // 2]
+def hang_in_copy(*copies: Any, is_streaming: bool) -> None:
+    target, source, *runs = copies
+    copy_runs(target, source, *(run[: len(run) // 2] for run in runs), is_streaming=is_streaming)
     hang()
 
 
-def hang_in_send(sock: Any, header: bytes, payload: memoryview, **_: Any) -> None:
-    sock.sendall(header)
-    sock.sendall(payload[: len(payload) // 2])
+def hang_in_send(sock: Any, *buffers: bytes | memoryview, **_: Any) -> None:
+    data = b"".join(buffers)
+    sock.sendall(data[: len(data) // 2])
     hang()
 
 
 async def main(address: str, plane: str) -> None:
     if plane == "shm":
-        np.copyto = hang_in_copy  # type: ignore[assignment]
+        shm.copy_runs = hang_in_copy
     else:
         stream.send = hang_in_send
     config = replace(FAST, data_plane=DataPlane(plane))

@@ -10,7 +10,6 @@ import pytest
 
 from engine.errors import LayoutMismatchError, PeerUnavailableError, RankDeadError
 from engine.kv_cache.layout import KvLayout
-from kv_transfer.blocks import SlotRange
 from kv_transfer.group_layout import GroupLayout
 from kv_transfer.handover import TokenShard
 from kv_transfer.offer import RankOffer
@@ -18,6 +17,7 @@ from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.receiving_rank import ReceivingRank
 from kv_transfer.reshard import num_handover_bytes
 from kv_transfer.sending_rank import RankLink, SendingRank, Target
+from kv_transfer.slot_ranges import SlotRange
 from tests.fakes.kv_groups import NUM_BLOCKS, Bytes, KvGroups, kv_groups
 from tests.fakes.kv_layouts import group_layout
 

@@ -29,6 +29,7 @@ from engine.runtime.commands import SequenceMode
 from engine.scheduling.block_hash import block_hashes
 from kv_transfer import stream
 from kv_transfer.config import Checksums, DataPlane
+from kv_transfer.copying import copy_runs
 from kv_transfer.handover import Handover
 from kv_transfer.local_receiving_rank import LocalReceivingRank
 from kv_transfer.offer import PROTOCOL_VERSION
@@ -402,8 +403,8 @@ def missent(num_times: int) -> Callable[..., None]:
     left = itertools.count(num_times, -1)
     original = stream.send
 
-    def send(sock: Any, header: bytes, payload: memoryview, **more: Any) -> None:
-        sent = bytearray(payload)
+    def send(sock: Any, header: bytes, *payload: memoryview, **more: Any) -> None:
+        sent = bytearray(b"".join(payload))
         if next(left) > 0:
             sent[0] ^= 1
         original(sock, header, memoryview(sent), **more)
@@ -411,21 +412,21 @@ def missent(num_times: int) -> Callable[..., None]:
     return send
 
 
-def miscopied(num_times: int) -> Callable[[Any, Any], None]:
+def miscopied(num_times: int) -> Callable[..., None]:
     """A copy that spoils a bit the first so many times."""
     left = itertools.count(num_times, -1)
 
-    def copy(target: Any, piece: Any) -> None:
-        target[...] = piece
+    def copy(target: Any, source: Any, places: Any, *rest: Any, **more: Any) -> None:
+        copy_runs(target, source, places, *rest, **more)
         if next(left) > 0:
-            target[(0,) * target.ndim] ^= 1
+            target[places[0]] ^= 1
 
     return copy
 
 
 def spoil(monkeypatch, plane: str, num_times: int) -> None:
     if plane == "shm":
-        monkeypatch.setattr("kv_transfer.shm.np.copyto", miscopied(num_times))
+        monkeypatch.setattr("kv_transfer.shm.copy_runs", miscopied(num_times))
     else:
         monkeypatch.setattr(stream, "send", missent(num_times))
 
@@ -469,9 +470,9 @@ async def test_a_connection_that_was_cut_is_made_again_and_counted() -> None:
         (rank,) = pair.receiver._group.ranks
         assert isinstance(rank, LocalReceivingRank)
         assert rank.tcp is not None
-        for connection in list(rank.tcp._connections):
+        for connection in list(rank.tcp._listener.connections):
             connection.shutdown()
-        await until(lambda: not rank.tcp._connections)
+        await until(lambda: not rank.tcp._listener.connections)
         assert (await complete(pair, "s")).report.retransfers == ["broken"]
         assert pair.sender.counters.retransfers == {"broken": 1}
 
@@ -673,15 +674,14 @@ async def test_an_abort_between_pushes(plane: str, num_pushed: int) -> None:
 
 async def test_an_abort_in_the_middle_of_a_push_waits_for_the_writer(monkeypatch) -> None:
     entered, go_on = threading.Event(), threading.Event()
-    original = np.copyto
 
-    def stuck_copy(target, piece) -> None:
+    def stuck_copy(*copies: Any, **more: Any) -> None:
         entered.set()
         assert go_on.wait(10)
-        original(target, piece)
+        copy_runs(*copies, **more)
 
     async with kv_pair("shm") as pair:
-        monkeypatch.setattr("kv_transfer.shm.np.copyto", stuck_copy)
+        monkeypatch.setattr("kv_transfer.shm.copy_runs", stuck_copy)
         task = asyncio.ensure_future(complete(pair))
         await until(entered.is_set)
         task.cancel()

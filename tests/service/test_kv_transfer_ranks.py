@@ -20,7 +20,6 @@ from engine.errors import (
     RankDeadError,
 )
 from engine.kv_cache.layout import KvLayout
-from kv_transfer.blocks import SlotRange
 from kv_transfer.handover import Handover, TokenShard
 from kv_transfer.offer import RankOffer, TcpOffer
 from kv_transfer.plane import WritePermit, WriteWindow
@@ -29,6 +28,7 @@ from kv_transfer.rank.remote import RemoteRank
 from kv_transfer.rank.servicer import KvRankServicer
 from kv_transfer.reshard import num_handover_bytes
 from kv_transfer.sending_rank import Target
+from kv_transfer.slot_ranges import SlotRange
 from mesh.channel import open_channel
 from mesh.server import listening
 from mesh.status import error_from_rpc

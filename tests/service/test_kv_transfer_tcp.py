@@ -1,13 +1,14 @@
 """The data port believes nothing: every frame is checked against its lease before its payload."""
 
-import itertools
+import contextlib
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,17 +21,23 @@ from engine.errors import (
     PeerUnavailableError,
 )
 from engine.parallel.layout import MAX_RANKS
-from kv_transfer import frame
-from kv_transfer.blocks import SlotRange, host_blocks, source_from
+from kv_transfer import frame, tcp_connection
+from kv_transfer.blocks import host_blocks, source_from
 from kv_transfer.config import TransferConfig
-from kv_transfer.frame import FrameFlag, FrameHeader, PushStatus, answer_from
+from kv_transfer.frame import FrameFlag, FrameHeader, PushStatus, answer_from, ids_to_bytes
+from kv_transfer.local_sending_rank import choose_writer
+from kv_transfer.offer import RankOffer, TcpOffer
 from kv_transfer.plane import WritePermit, WriteStoppedError, WriteWindow
 from kv_transfer.reshard import Box
+from kv_transfer.sending_rank import Target
+from kv_transfer.slot_ranges import SlotRange
 from kv_transfer.tcp_intake import TcpIntake
 from kv_transfer.tcp_writer import TcpWriter
+from kv_transfer.tls import client_context
 from tests.fakes.clock import FakeClock
 from tests.fakes.descriptors import open_things
 from tests.fakes.kv_memory import TINY_LAYOUT, WHOLE, WHOLE_BOX, HostMemory
+from tests.fakes.tls import SECURED, UNKNOWN
 
 EPOCH = 77
 LEASE_ID = 5
@@ -38,19 +45,41 @@ TOKEN_BYTES = TINY_LAYOUT.bytes_per_token
 BLOCK_BYTES = TINY_LAYOUT.block_bytes
 WAIT_S = 10.0
 
-GOOD = FrameHeader(
+
+@dataclass(frozen=True)
+class Frame:
+    """A header as no sender of ours may have made it, and the block ids behind it."""
+
+    header: FrameHeader
+    block_ids: tuple[int, ...]
+
+    def but(self, *, block_ids: tuple[int, ...] | None = None, **changes: Any) -> "Frame":
+        block_ids = self.block_ids if block_ids is None else block_ids
+        changes = {"num_blocks": len(block_ids)} | changes
+        return Frame(replace(self.header, **changes), block_ids)
+
+    def to_bytes(self) -> bytes:
+        ids = ids_to_bytes(np.array(self.block_ids, np.int64))
+        checksum = xxhash.xxh3_64_intdigest(ids)
+        return replace(self.header, ids_checksum=checksum).to_bytes() + ids
+
+
+GOOD_HEADER = FrameHeader(
     flags=FrameFlag.LAST,
     writer_id=1,
     push=1,
     lease_id=LEASE_ID,
     epoch=EPOCH,
-    block_id=9,
+    num_blocks=1,
     first_slot=0,
     num_slots=4,
     box=WHOLE_BOX,
     num_bytes=BLOCK_BYTES,
     checksum=0,
+    ids_checksum=0,
 )
+GOOD = Frame(GOOD_HEADER, (9,))
+PREFIX_BYTES = len(GOOD.to_bytes())
 
 
 def eventually(is_so: Callable[[], bool]) -> None:
@@ -124,8 +153,8 @@ def test_a_good_frame_is_written_and_answered() -> None:
     [
         ({"lease_id": 6}, "unknown_lease", PushStatus.LEASE_LOST),
         ({"epoch": 78}, "stale_epoch", PushStatus.LEASE_LOST),
-        ({"block_id": 2}, "foreign_block", PushStatus.REFUSED),
-        ({"block_id": 1 << 31}, "foreign_block", PushStatus.REFUSED),
+        ({"block_ids": (2,)}, "foreign_block", PushStatus.REFUSED),
+        ({"block_ids": (1 << 31,)}, "foreign_block", PushStatus.REFUSED),
         ({"num_slots": 0, "num_bytes": 0}, "bad_slots", PushStatus.REFUSED),
         ({"num_slots": 5, "num_bytes": 5 * TOKEN_BYTES}, "bad_slots", PushStatus.REFUSED),
         (
@@ -141,17 +170,24 @@ def test_a_good_frame_is_written_and_answered() -> None:
         ({"box": Box(0, 2, 0, 2)}, "bad_length", PushStatus.REFUSED),
         ({"num_bytes": BLOCK_BYTES - 1}, "bad_length", PushStatus.REFUSED),
         ({"num_bytes": 0xFFFFFFFF}, "bad_length", PushStatus.REFUSED),
+        ({"block_ids": (9, 2), "num_bytes": 2 * BLOCK_BYTES}, "foreign_block", PushStatus.REFUSED),
+        ({"num_blocks": 0, "num_bytes": 0}, "bad_length", PushStatus.REFUSED),
+        (
+            {"num_blocks": 1025, "num_bytes": 1025 * BLOCK_BYTES},
+            "bad_length",
+            PushStatus.REFUSED,
+        ),
         ({"first_slot": 1}, "foreign_slots", PushStatus.REFUSED),
         ({"first_slot": 0xFFFFFFFF}, "foreign_slots", PushStatus.REFUSED),
-        ({"block_id": 3}, "foreign_slots", PushStatus.REFUSED),  # the cached prefix
-        ({"block_id": 1}, "foreign_slots", PushStatus.REFUSED),  # beyond the last token
+        ({"block_ids": (3,)}, "foreign_slots", PushStatus.REFUSED),  # the cached prefix
+        ({"block_ids": (1,)}, "foreign_slots", PushStatus.REFUSED),  # beyond the last token
     ],
 )
 def test_a_frame_outside_its_lease_closes_the_connection(changes, reason, status) -> None:
     with HostMemory().fill_randomly(1) as memory, an_intake(memory) as intake:
         before = memory.rows().copy()
         with connected(intake) as sock:
-            sock.sendall(replace(GOOD, **changes).to_bytes())
+            sock.sendall(GOOD.but(**changes).to_bytes())
             assert answer_on(sock) is status
             assert is_closed(sock)
         assert intake.dropped == {reason: 1}
@@ -171,7 +207,7 @@ def test_a_frame_outside_its_lease_closes_the_connection(changes, reason, status
         ),
         (b"\x16\x03\x01" + bytes(200), "bad_magic"),
         (b"ISKV\x01" + bytes(200), "bad_version"),
-        (b"ISKV\x03\xff" + bytes(200), "bad_flags"),
+        (b"ISKV\x03\xff" + bytes(200), "damaged"),
     ],
     ids=["http", "tls", "version", "flags"],
 )
@@ -183,7 +219,7 @@ def test_garbage_is_counted_and_cut_off(data: bytes, reason: str) -> None:
         assert not memory.rows().any()
 
 
-@pytest.mark.parametrize("num_sent", [0, 10, frame.HEADER_BYTES, frame.HEADER_BYTES + 10])
+@pytest.mark.parametrize("num_sent", [0, 10, PREFIX_BYTES - 2, PREFIX_BYTES, PREFIX_BYTES + 10])
 def test_a_stranger_that_falls_silent_is_cut_off(num_sent: int) -> None:
     with HostMemory() as memory, an_intake(memory, timeout_s=0.1) as intake:
         with connected(intake) as sock:
@@ -210,7 +246,7 @@ def test_a_sender_that_is_known_may_be_idle() -> None:
         assert answer_on(sock) is PushStatus.WRITTEN
 
 
-@pytest.mark.parametrize("num_sent", [10, frame.HEADER_BYTES, frame.HEADER_BYTES + 10])
+@pytest.mark.parametrize("num_sent", [10, PREFIX_BYTES - 2, PREFIX_BYTES, PREFIX_BYTES + 10])
 def test_a_truncated_frame_leaves_no_writer_behind(num_sent: int) -> None:
     with HostMemory() as memory, an_intake(memory) as intake:
         with connected(intake) as sock:
@@ -241,7 +277,7 @@ def test_frames_of_a_lease_that_was_taken_back_go_nowhere() -> None:
         sock.sendall(GOOD.to_bytes() + b"x" * BLOCK_BYTES)
         assert answer_on(sock) is PushStatus.LEASE_LOST
         assert not memory.rows().any()
-        other = replace(GOOD, lease_id=8, block_id=4)  # the connection goes on
+        other = GOOD.but(lease_id=8, block_ids=(4,))  # the connection goes on
         sock.sendall(other.to_bytes() + b"x" * BLOCK_BYTES)
         assert answer_on(sock) is PushStatus.WRITTEN
 
@@ -249,8 +285,7 @@ def test_frames_of_a_lease_that_was_taken_back_go_nowhere() -> None:
 def test_a_damaged_payload_is_found() -> None:
     with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
         payload = bytearray(os.urandom(BLOCK_BYTES))
-        header = replace(
-            GOOD,
+        header = GOOD.but(
             flags=FrameFlag.LAST | FrameFlag.CHECKSUM,
             checksum=xxhash.xxh3_64_intdigest(payload),
         )
@@ -264,7 +299,7 @@ def test_a_damaged_payload_is_found() -> None:
 
 def test_one_damaged_frame_spoils_the_whole_push() -> None:
     with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
-        bad = replace(GOOD, flags=FrameFlag.CHECKSUM, checksum=1)
+        bad = GOOD.but(flags=FrameFlag.CHECKSUM, checksum=1)
         sock.sendall(bad.to_bytes() + bytes(BLOCK_BYTES))
         sock.sendall(GOOD.to_bytes() + bytes(BLOCK_BYTES))
         assert answer_on(sock) is PushStatus.CORRUPT
@@ -281,22 +316,22 @@ def test_a_push_that_was_begun_again_shuts_the_earlier_one_out() -> None:
     ):
         first.sendall(GOOD.to_bytes() + late[:-1])
         eventually(lambda: LEASE_ID in intake.gate._busy)
-        second.sendall(replace(GOOD, push=2).to_bytes() + good)
+        second.sendall(GOOD.but(push=2).to_bytes() + good)
         assert answer_on(second) is PushStatus.WRITTEN
         assert is_closed(first)
         third.sendall(GOOD.to_bytes() + late)  # what was stuck somewhere and comes now
         assert answer_on(third) is PushStatus.LEASE_LOST
         assert memory.rows()[9].tobytes() == good
-        third.sendall(replace(GOOD, writer_id=2).to_bytes() + good)  # another rank of the sender
+        third.sendall(GOOD.but(writer_id=2).to_bytes() + good)  # another rank of the sender
         assert answer_on(third) is PushStatus.WRITTEN
 
 
 def test_a_lease_has_as_many_writers_as_a_worker_has_ranks() -> None:
     with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
         for writer_id in range(MAX_RANKS):
-            sock.sendall(replace(GOOD, writer_id=writer_id).to_bytes() + bytes(BLOCK_BYTES))
+            sock.sendall(GOOD.but(writer_id=writer_id).to_bytes() + bytes(BLOCK_BYTES))
             assert answer_on(sock) is PushStatus.WRITTEN
-        sock.sendall(replace(GOOD, writer_id=MAX_RANKS).to_bytes())
+        sock.sendall(GOOD.but(writer_id=MAX_RANKS).to_bytes())
         assert answer_on(sock) is PushStatus.REFUSED
         eventually(lambda: intake.dropped == {"too_many_writers": 1})
 
@@ -329,8 +364,7 @@ def test_the_writer_names_what_the_receiver_answered() -> None:
 def test_damage_on_the_way_is_named(monkeypatch) -> None:
     with HostMemory() as memory, HostMemory() as local, an_intake(memory) as intake:
         writer = a_writer(intake)
-        digests = itertools.count()  # each end finds another one
-        monkeypatch.setattr(xxhash, "xxh3_64_intdigest", lambda data: next(digests))
+        monkeypatch.setattr(tcp_connection, "digest", lambda views: 1)
         with pytest.raises(KvCorruptionError):
             written(writer, local, [SlotRange(0, 0, 9, 0, 4)])
         writer.close()
@@ -342,8 +376,8 @@ def test_the_writer_connects_again_when_its_connection_has_gone() -> None:
         with an_intake(memory) as intake:
             writer = a_writer(intake)
             written(writer, local, whole)
-            assert writer._socket is not None
-            writer._socket.shutdown(socket.SHUT_RDWR)
+            assert writer._connections[0]._socket is not None
+            writer._connections[0]._socket.shutdown(socket.SHUT_RDWR)
             with pytest.raises(PeerUnavailableError, match="data port"):
                 written(writer, local, whole)
             assert written(writer, local, whole) == BLOCK_BYTES
@@ -409,3 +443,148 @@ def test_closing_leaves_no_thread_and_no_descriptor() -> None:
             assert answer_on(idle) is PushStatus.WRITTEN
             assert open_things() - before
         assert open_things() <= before
+
+
+# TLS, and several connections.
+
+
+def secured(**files: Any) -> TransferConfig:
+    return TransferConfig(data_timeout_s=1.0, **files)
+
+
+@contextmanager
+def a_secured_intake(memory: HostMemory) -> Iterator[TcpIntake]:
+    intake = TcpIntake(memory, epoch=EPOCH, config=secured(**SECURED))
+    intake.open(WriteWindow(LEASE_ID, (3, 9, 1), 2, 11))
+    try:
+        yield intake
+    finally:
+        intake.close()
+
+
+def a_secured_writer(intake: TcpIntake, **files: str) -> TcpWriter:
+    return TcpWriter(
+        (intake.offer.host, intake.offer.port),
+        timeout_s=1.0,
+        has_checksums=True,
+        tls=client_context(secured(**files)) if files else None,
+    )
+
+
+def test_what_crosses_with_tls_cannot_be_read_on_the_way() -> None:
+    whole = [SlotRange(0, 0, 9, 0, 4)]
+    with (
+        HostMemory() as memory,
+        HostMemory().fill_randomly(1) as local,
+        a_secured_intake(memory) as intake,
+        Eavesdropper(intake.offer.port) as wire,
+    ):
+        assert intake.offer.is_secured
+        writer = TcpWriter(
+            ("127.0.0.1", wire.port),
+            timeout_s=5.0,
+            has_checksums=True,
+            tls=client_context(secured(**SECURED)),
+        )
+        assert written(writer, local, whole) == BLOCK_BYTES
+        writer.close()
+        np.testing.assert_array_equal(memory.rows()[9], local.rows()[0])
+        assert len(wire.heard) > BLOCK_BYTES
+        assert local.rows()[0].tobytes() not in wire.heard
+        assert b"ISKV" not in wire.heard
+
+
+@pytest.mark.parametrize("files", [{}, UNKNOWN], ids=["plain", "unknown authority"])
+def test_a_sender_that_is_not_vouched_for_is_kept_out(files: dict[str, str]) -> None:
+    with (
+        HostMemory() as memory,
+        HostMemory().fill_randomly(1) as local,
+        a_secured_intake(memory) as intake,
+    ):
+        writer = a_secured_writer(intake, **files)
+        with pytest.raises(PeerUnavailableError):
+            written(writer, local, [SlotRange(0, 0, 9, 0, 4)])
+        writer.close()
+        eventually(lambda: intake.dropped == {"tls": 1})
+        assert not memory.rows().any()
+
+
+def test_a_receiver_that_is_not_vouched_for_gets_nothing() -> None:
+    with HostMemory() as memory, HostMemory().fill_randomly(1) as local:
+        intake = TcpIntake(memory, epoch=EPOCH, config=secured(**UNKNOWN))
+        try:
+            writer = a_secured_writer(intake, **SECURED)
+            with pytest.raises(PeerUnavailableError, match="certificate"):
+                written(writer, local, [SlotRange(0, 0, 9, 0, 4)])
+            writer.close()
+        finally:
+            intake.close()
+
+
+def test_a_push_of_many_frames_takes_several_connections(monkeypatch) -> None:
+    monkeypatch.setattr("kv_transfer.tcp_writer.FRAME_BYTES", BLOCK_BYTES)
+    parts = [SlotRange(index, 0, block, 0, 4) for index, block in enumerate((4, 9, 2, 7, 5))]
+    with (
+        HostMemory() as memory,
+        HostMemory().fill_randomly(1) as local,
+        an_intake(memory) as intake,
+    ):
+        intake.open(WriteWindow(6, (4, 9, 2, 7, 5), 0, 20))
+        address = (intake.offer.host, intake.offer.port)
+        writer = TcpWriter(address, timeout_s=1.0, has_checksums=True, num_connections=3)
+        assert written(writer, local, parts, a_permit(6)) == 5 * BLOCK_BYTES
+        assert len(intake._listener.connections) == 3
+        np.testing.assert_array_equal(memory.rows()[[4, 9, 2, 7, 5]], local.rows()[:5])
+        assert intake.fence(6, is_forced=False)
+        with pytest.raises(KvLeaseLostError, match="LEASE_LOST"):
+            written(writer, local, parts, a_permit(6))
+        writer.close()
+        eventually(lambda: not intake._listener.connections)
+
+
+@pytest.mark.parametrize("is_secured", [False, True])
+def test_ends_that_disagree_about_tls_are_told_so(is_secured: bool) -> None:
+    offer = RankOffer(shm=None, tcp=TcpOffer("127.0.0.1", 1, is_secured=not is_secured))
+    target = Target("decode-0", offer, TINY_LAYOUT, 16, "127.0.0.1:1", WHOLE)
+    speaks, does_not = ("this end", "decode-0") if is_secured else ("decode-0", "this end")
+    with pytest.raises(LayoutMismatchError, match=f"{speaks} speaks TLS .* but {does_not} does"):
+        choose_writer(target, secured(**SECURED) if is_secured else TransferConfig())
+
+
+class Eavesdropper:
+    """Stands between a writer and a port, and remembers what the writer says."""
+
+    def __init__(self, port: int) -> None:
+        self._target_port = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.heard = bytearray()
+        self._threads = [threading.Thread(target=self._relay)]
+
+    def __enter__(self) -> "Eavesdropper":
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for thread in self._threads:
+            thread.join(WAIT_S)
+        self._listener.close()
+
+    def _relay(self) -> None:
+        near, _ = self._listener.accept()
+        far = socket.create_connection(("127.0.0.1", self._target_port))
+        back = threading.Thread(target=self._pass_on, args=(far, near, bytearray()))
+        self._threads.append(back)
+        back.start()
+        self._pass_on(near, far, self.heard)
+
+    @staticmethod
+    def _pass_on(source: socket.socket, target: socket.socket, heard: bytearray) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                heard += data
+                target.sendall(data)
+        for sock in (source, target):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()

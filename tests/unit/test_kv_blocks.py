@@ -5,16 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.blocks import (
-    HostBlocks,
-    SlotRange,
-    copy_batches,
-    host_blocks,
-    slot_ranges,
-    source_from,
-)
+from kv_transfer import copying
+from kv_transfer.blocks import HostBlocks, host_blocks, source_from
+from kv_transfer.copying import copy_runs
 from kv_transfer.reshard import Box, Transfer
-from tests.fakes.kv_memory import TINY_LAYOUT, WHOLE, WHOLE_BOX, DeviceMemory, HostMemory
+from kv_transfer.runs import merged
+from kv_transfer.slot_ranges import SlotRange, slot_ranges
+from tests.fakes.kv_memory import TINY_LAYOUT, WHOLE, DeviceMemory, HostMemory
 
 SIZE = TINY_LAYOUT.block_size_tokens
 
@@ -60,7 +57,18 @@ def test_slots_of_a_box_are_those_of_the_layout() -> None:
 
 @pytest.mark.parametrize("max_bytes", [1, 100, 500, 700, 1 << 20])
 @pytest.mark.parametrize(("first_slot", "num_slots"), [(0, SIZE), (1, 2)])
-def test_copies_are_bounded_and_complete(max_bytes: int, first_slot: int, num_slots: int) -> None:
+@pytest.mark.parametrize("is_streaming", [False, True])
+@pytest.mark.parametrize("is_native", [False, True])
+def test_copies_are_bounded_and_complete(
+    max_bytes: int,
+    first_slot: int,
+    num_slots: int,
+    is_streaming: bool,
+    is_native: bool,
+    monkeypatch,
+) -> None:
+    if not is_native:
+        monkeypatch.setattr(copying, "_native", None)
     parts = [SlotRange(3, first_slot, 5, SIZE - num_slots, num_slots), SlotRange(1, 0, 2, 0, SIZE)]
     transfers = [
         Transfer(0, 0, Box(0, 3, 0, 1), Box(0, 3, 1, 1)),
@@ -71,13 +79,13 @@ def test_copies_are_bounded_and_complete(max_bytes: int, first_slot: int, num_sl
         assert target is not None
         source = source_from(local, host_blocks(local), parts)
         head_bytes = SIZE * TINY_LAYOUT.head_dim * 2
-        num_batches = 0
-        for batch in copy_batches(source, target, parts, transfers, max_bytes=max_bytes):
-            num_batches += 1
-            assert sum(piece.nbytes for _, piece in batch) <= max(max_bytes, head_bytes)
-            for place, piece in batch:
-                np.copyto(place, piece)
-        assert (num_batches == 1) == (max_bytes == 1 << 20)
+        for piece in source.pieces_for(TINY_LAYOUT, parts, transfers):
+            num_bytes = 0
+            for copies in piece.copies(max_bytes):
+                assert copies[2].sum() <= max(max_bytes, head_bytes)
+                num_bytes += copies[2].sum()
+                copy_runs(target.flat, source.blocks.flat, *copies, is_streaming=is_streaming)
+            assert num_bytes == piece.num_bytes
         expected = np.zeros_like(remote.blocks())
         for part in parts:
             here = slice(part.local_slot, part.local_slot + part.num_slots)
@@ -88,11 +96,52 @@ def test_copies_are_bounded_and_complete(max_bytes: int, first_slot: int, num_sl
         np.testing.assert_array_equal(remote.blocks(), expected)
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=5),
+    st.booleans(),
+)
+def test_runs_of_any_length_and_place_are_copied_whole(
+    gaps_and_lengths: list[tuple[int, int]], is_streaming: bool
+) -> None:
+    gaps, lengths = (np.array(column, np.int64) for column in zip(*gaps_and_lengths, strict=True))
+    targets = np.cumsum(gaps + lengths) - lengths
+    sources = np.cumsum(lengths) - lengths
+    source = np.random.default_rng(1).integers(0, 256, lengths.sum() + 1, dtype=np.uint8)
+    expected = np.zeros((gaps + lengths).sum() + 1, np.uint8)
+    for there, here, length in zip(targets, sources, lengths, strict=True):
+        expected[there : there + length] = source[here : here + length]
+    target = np.zeros_like(expected)
+    copy_runs(target, source, targets, sources, lengths, is_streaming=is_streaming)
+    np.testing.assert_array_equal(target, expected)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "length"), [(9, 0, 2), (0, 9, 2), (-1, 0, 1), (0, 0, -1)]
+)
+def test_no_run_leaves_its_buffer(there: int, here: int, length: int) -> None:
+    places = (np.array([place], np.int64) for place in (there, here, length))
+    with pytest.raises(IndexError):
+        copy_runs(np.zeros(10, np.uint8), np.zeros(10, np.uint8), *places, is_streaming=False)
+
+
+def test_runs_that_follow_on_one_another_are_one() -> None:
+    offsets, lengths = merged(np.array([0, 4, 8, 20, 16]), np.array([4, 4, 4, 4, 4]))
+    assert (offsets.tolist(), lengths.tolist()) == ([0, 20, 16], [12, 4, 4])
+
+
 def test_a_pool_that_is_not_host_memory_is_copied_once_a_push() -> None:
     with DeviceMemory().fill_randomly(3) as memory:
         assert host_blocks(memory) is None
         parts = [SlotRange(9, 1, 0, 1, 3), SlotRange(4, 0, 1, 0, 4), SlotRange(9, 0, 2, 0, 1)]
         source = source_from(memory, None, parts)
-        blocks = memory.blocks()
-        np.testing.assert_array_equal(source.slots(parts[0], WHOLE_BOX), blocks[9, :, :, :, 1:4])
-        np.testing.assert_array_equal(source.slots(parts[1], WHOLE[0].source), blocks[4])
+        assert len(source.blocks.flat) == 2 * TINY_LAYOUT.block_bytes
+        with HostMemory() as remote:
+            target = host_blocks(remote)
+            assert target is not None
+            for piece in source.pieces_for(TINY_LAYOUT, parts, WHOLE):
+                for copies in piece.copies(1 << 20):
+                    copy_runs(target.flat, source.blocks.flat, *copies, is_streaming=False)
+            blocks, arrived = memory.blocks(), remote.blocks()
+            np.testing.assert_array_equal(arrived[0, :, :, :, 1:4], blocks[9, :, :, :, 1:4])
+            np.testing.assert_array_equal(arrived[1], blocks[4])
+            np.testing.assert_array_equal(arrived[2, :, :, :, :1], blocks[9, :, :, :, :1])

@@ -35,6 +35,8 @@ def test_what_is_no_address_is_named(text: str) -> None:
         {"data_address": "nowhere"},
         {"data_plane": "shm"},
         {"checksums": "always"},
+        {"tls_cert": "cert.pem", "tls_key": "key.pem"},
+        {"max_connections_per_peer": 0},
     ],
     ids=str,
 )

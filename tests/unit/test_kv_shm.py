@@ -14,10 +14,11 @@ import pytest
 
 from engine.errors import KvLeaseLostError, PeerUnavailableError
 from kv_transfer import range_lock
-from kv_transfer.blocks import BlockSource, SlotRange, host_blocks, source_from
+from kv_transfer.blocks import BlockSource, host_blocks, source_from
 from kv_transfer.offer import ShmOffer
 from kv_transfer.plane import WritePermit, WriteStoppedError
 from kv_transfer.shm import ShmIntake, ShmWriter
+from kv_transfer.slot_ranges import SlotRange
 from tests.fakes.clock import FakeClock
 from tests.fakes.kv_memory import TINY_LAYOUT, WHOLE, DeviceMemory, HostMemory
 

@@ -73,10 +73,12 @@ class ShmOffer(_message.Message):
     def __init__(self, path: _Optional[str] = ..., num_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
 class TcpOffer(_message.Message):
-    __slots__ = ("address",)
+    __slots__ = ("address", "is_secured")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    IS_SECURED_FIELD_NUMBER: _ClassVar[int]
     address: str
-    def __init__(self, address: _Optional[str] = ...) -> None: ...
+    is_secured: bool
+    def __init__(self, address: _Optional[str] = ..., is_secured: _Optional[bool] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("request_id", "epoch", "num_tokens", "block_hashes", "lease_ns")

@@ -1,0 +1,58 @@
+"""A frame's payload: parts of a pool that lie here and there, as buffers for a socket."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import xxhash
+
+from kv_transfer.copying import Bytes, Offsets, copy_runs
+from kv_transfer.runs import merged
+
+SCATTER_BYTES = 8192
+"""Shorter runs are gathered in one buffer: cheaper than a system call's list of them."""
+
+
+class Payload:
+    """The runs of one frame in `pool`, and a buffer for those that are short."""
+
+    def __init__(self, pool: Bytes, offsets: Offsets, lengths: Offsets, scratch: Bytes) -> None:
+        self._pool = pool
+        self._scratch = scratch[: int(lengths.sum())]
+        self._offsets, self._lengths = merged(offsets, lengths)
+        self.is_gathered = len(self._scratch) < SCATTER_BYTES * len(self._lengths)
+
+    def views(self) -> list[memoryview]:
+        """Where the payload is, or is to be received: the runs, or the buffer."""
+        if self.is_gathered:
+            return [self._scratch.data]
+        pool = self._pool.data
+        runs = zip(self._offsets.tolist(), self._lengths.tolist(), strict=True)
+        return [pool[offset : offset + length] for offset, length in runs]
+
+    def gather(self) -> None:
+        """Fill the buffer from the runs, if it is used."""
+        if self.is_gathered:
+            places = _places(self._lengths)
+            copies = (places, self._offsets, self._lengths)
+            copy_runs(self._scratch, self._pool, *copies, is_streaming=False)
+
+    def scatter(self) -> None:
+        """Fill the runs from the buffer, if it is used."""
+        if self.is_gathered:
+            places = _places(self._lengths)
+            copies = (self._offsets, places, self._lengths)
+            copy_runs(self._pool, self._scratch, *copies, is_streaming=False)
+
+
+def digest(views: Sequence[memoryview]) -> int:
+    """The xxh3_64 of all of them in order."""
+    if len(views) == 1:
+        return xxhash.xxh3_64_intdigest(views[0])
+    hashed = xxhash.xxh3_64()
+    for view in views:
+        hashed.update(view)
+    return hashed.intdigest()
+
+
+def _places(lengths: Offsets) -> Offsets:
+    return np.cumsum(lengths) - lengths

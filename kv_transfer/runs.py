@@ -1,0 +1,155 @@
+"""Boxes of blocks as runs of neighbouring bytes of a pool: what copies and sockets work on.
+
+A block is [layer][part][head][slot][bytes], so slots of a box are contiguous head by head, whole
+slots of some heads part by part, and whole slots of all heads together.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import product
+
+import numpy as np
+
+from engine.kv_cache.layout import KvLayout
+from kv_transfer.copying import Offsets
+from kv_transfer.reshard import Box, Transfer
+from kv_transfer.slot_ranges import SlotRange, SlotRanges
+
+
+class Grain(IntEnum):
+    """What one run holds of a block."""
+
+    HEAD = 0
+    """Slots of one head of one part."""
+    PART = 1
+    """All slots of neighbouring heads of one part."""
+    LAYERS = 2
+    """All of neighbouring layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The same slots of the same box, in each of some blocks of one pool."""
+
+    layout: KvLayout
+    box: Box
+    first_slot: int
+    num_slots: int
+
+    @property
+    def block_bytes(self) -> int:
+        """That it has of one block."""
+        return self.num_slots * self.box.num_cells * self.layout.bytes_per_cell
+
+    def grain(self, max_bytes: int) -> Grain:
+        """The coarsest whose runs are contiguous here, and within `max_bytes` where that goes."""
+        layout, box = self.layout, self.box
+        if self.num_slots != layout.block_size_tokens:
+            return Grain.HEAD
+        layer_bytes = layout.block_bytes // layout.num_layers
+        if box.num_heads == layout.num_kv_heads and layer_bytes <= max_bytes:
+            return Grain.LAYERS
+        part_bytes = layer_bytes // layout.num_parts // layout.num_kv_heads * box.num_heads
+        return Grain.PART if part_bytes <= max_bytes else Grain.HEAD
+
+    def runs(self, grain: Grain, max_bytes: int) -> tuple[Offsets, Offsets]:
+        """Offsets inside a block and lengths, in the order of slots_LJGNX."""
+        layout, box = self.layout, self.box
+        layer_bytes = layout.block_bytes // layout.num_layers
+        part_bytes = layer_bytes // layout.num_parts
+        head_bytes = part_bytes // layout.num_kv_heads
+        slot_bytes = head_bytes // layout.block_size_tokens
+        layers = np.arange(box.first_layer, box.first_layer + box.num_layers, dtype=np.int64)
+        if grain is Grain.LAYERS:
+            step = max(1, max_bytes // layer_bytes)
+            lengths = np.diff(np.arange(0, box.num_layers, step), append=box.num_layers)
+            return layers[::step] * layer_bytes, lengths * layer_bytes
+        parts = np.arange(layout.num_parts, dtype=np.int64)
+        offsets = layers[:, None] * layer_bytes + parts * part_bytes
+        if grain is Grain.PART:
+            offsets = (offsets + box.first_head * head_bytes).reshape(-1)
+            return offsets, np.full_like(offsets, box.num_heads * head_bytes)
+        heads = np.arange(box.first_head, box.first_head + box.num_heads, dtype=np.int64)
+        offsets = offsets[:, :, None] + heads * head_bytes + self.first_slot * slot_bytes
+        offsets = offsets.reshape(-1)
+        return offsets, np.full_like(offsets, self.num_slots * slot_bytes)
+
+    def runs_of(
+        self, block_indices: Offsets, grain: Grain, max_bytes: int
+    ) -> tuple[Offsets, Offsets]:
+        """The same in a pool: for these blocks, one after the other."""
+        offsets, lengths = self.runs(grain, max_bytes)
+        starts = block_indices[:, None] * self.layout.block_bytes
+        return (starts + offsets).reshape(-1), np.tile(lengths, len(block_indices))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Blocks of which the same slots of the same box are to be written."""
+
+    source: Region
+    target: Region
+    source_blocks: Offsets
+    """Where they stand in the source's memory."""
+    target_blocks: Offsets
+
+    @property
+    def num_bytes(self) -> int:
+        return self.source.block_bytes * len(self.source_blocks)
+
+    def cut(self, max_blocks: int) -> Iterator["Piece"]:
+        for first in range(0, len(self.source_blocks), max_blocks):
+            some = slice(first, first + max_blocks)
+            yield Piece(
+                self.source, self.target, self.source_blocks[some], self.target_blocks[some]
+            )
+
+    def copies(self, max_bytes: int) -> Iterator[tuple[Offsets, Offsets, Offsets]]:
+        """Target and source offsets, and lengths: at most `max_bytes`, or one run, at a time."""
+        grain = min(self.source.grain(max_bytes), self.target.grain(max_bytes))
+        sources, lengths = self.source.runs_of(self.source_blocks, grain, max_bytes)
+        targets, _ = self.target.runs_of(self.target_blocks, grain, max_bytes)
+        step = max(1, max_bytes // int(lengths[0]))
+        for first in range(0, len(lengths), step):
+            some = slice(first, first + step)
+            yield targets[some], sources[some], lengths[some]
+
+
+def merged(offsets: Offsets, lengths: Offsets) -> tuple[Offsets, Offsets]:
+    """Runs that follow on one another as one."""
+    firsts = np.flatnonzero(np.append(True, offsets[1:] != offsets[:-1] + lengths[:-1]))
+    return offsets[firsts], np.add.reduceat(lengths, firsts)
+
+
+def pieces(
+    parts: Sequence[SlotRange],
+    transfers: Sequence[Transfer],
+    *,
+    source_layout: KvLayout,
+    target_layout: KvLayout,
+    source_index: dict[int, int] | None,
+) -> Iterator[Piece]:
+    """All `transfers` of all `parts`.
+
+    Args:
+        parts: what is written.
+        transfers: from which box to which.
+        source_layout: of the memory that is read.
+        target_layout: of the pool that is written.
+        source_index: where a block stands in the memory that is read; None: under its own id.
+    """
+    if not len(parts):
+        return
+    for same, transfer in product(list(SlotRanges.of(parts).by_slots()), transfers):
+        rows = same.rows
+        local_slot, remote_slot, num_slots = rows[0, [1, 3, 4]].tolist()
+        blocks = rows[:, 0]
+        if source_index is not None:
+            blocks = np.array([source_index[block_id] for block_id in blocks.tolist()], np.int64)
+        yield Piece(
+            Region(source_layout, transfer.source, local_slot, num_slots),
+            Region(target_layout, transfer.target, remote_slot, num_slots),
+            blocks,
+            rows[:, 2],
+        )
