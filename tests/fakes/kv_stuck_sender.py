@@ -39,7 +39,7 @@ def hang_in_send(sock: Any, *buffers: bytes | memoryview, **_: Any) -> None:
 
 async def main(address: str, plane: str) -> None:
     if plane == "shm":
-        shm.copy_runs = hang_in_copy
+        shm.copy_runs = hang_in_copy  # type: ignore[assignment, attr-defined]
     else:
         stream.send = hang_in_send
     config = replace(FAST, data_plane=DataPlane(plane))
