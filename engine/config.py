@@ -1,6 +1,7 @@
 """What an operator asks of a worker's engine; what start-up computes from it are plans."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.parallel.layout import ParallelLayout
 
@@ -38,6 +39,13 @@ class EngineConfig:
     parallel: ParallelLayout = _ONE_RANK
     """Ranks of the worker by axis, such as tp=2,pp=2: one process each. Their number must be
     WORLD_SIZE, and RANK, MASTER_ADDR and MASTER_PORT say where they meet (torchrun sets them)."""
+    expert_counts: Path | None = None
+    """File of tokens by expert. One that is there decides at the start which rank has which expert,
+    so that all have alike to do; at the end what was measured is written to it. None: neighbours
+    together, as many on each rank."""
+    num_spare_experts: int = 0
+    """Experts of a layer that each rank has room for beyond its share: replicas of those that
+    `expert_counts` shows to be hot."""
     num_micro_batches: int | None = None
     """Pieces of a step that pipeline stages compute at the same time. None: as many as end the
     step soonest."""
@@ -65,6 +73,11 @@ class EngineConfig:
             raise ValueError(
                 f"max_num_batched_tokens must be at least max_num_sequences + block_size_tokens = "
                 f"{floor}, got {self.max_num_batched_tokens}"
+            )
+        if self.num_spare_experts < 0 or (self.num_spare_experts and self.expert_counts is None):
+            raise ValueError(
+                f"num_spare_experts must be at least 0, got {self.num_spare_experts}, and above 0 "
+                "needs expert_counts, which says whose replicas they are"
             )
         for name in (
             "kv_pool_bytes",

@@ -36,7 +36,9 @@ class MoeMlp(nn.Module):
         layer: str,
         axes: ParallelAxes,
         kernels: Kernels,
+        placement: ExpertPlacement | None = None,
     ) -> None:
+        """Build what stands on this rank; by default the experts are spread evenly."""
         super().__init__()
         block = f"{layer}.{experts.block}"
         self._tp, self._sp = axes.tp, axes.sp
@@ -45,7 +47,7 @@ class MoeMlp(nn.Module):
         """Ranks of the expert axis in one tensor group."""
         self._has_shared_sp = axes.sp.size > 1 and axes.ep.size > self._num_copies
         """Experts are spread over the ranks of the sequence axis, too."""
-        placement = ExpertPlacement.even(experts.num_experts, axes.ep.size)
+        placement = placement or ExpertPlacement.even(experts.num_experts, axes.ep.size)
         self._exchange = ExpertExchange(placement, axes.ep)
         self.load = ExpertLoad(
             placement.experts_of[axes.ep.rank],

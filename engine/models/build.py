@@ -1,7 +1,10 @@
 """From a checkpoint on disk to a model that computes."""
 
 import dataclasses
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -12,6 +15,7 @@ from engine.kernels.interface import Kernels
 from engine.layers.rope import RotaryEmbedding
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import ParallelAxes
+from engine.parallel.expert_placement import ExpertPlacement
 from engine.weights.loader import load, tensors_of
 from engine.weights.source import WeightSource, open_weights
 
@@ -40,10 +44,17 @@ def build(
     kernels: Kernels,
     dtype: torch.dtype,
     device: torch.device,
+    placements: Mapping[int, ExpertPlacement] = MappingProxyType({}),
 ) -> CausalLM:
     """Make a model without weights: its parameters are on the meta device, `dtype` wide.
 
-    `device` is where the weights will go; the angles of the rotary embedding are there already.
+    Args:
+        config: of the checkpoint.
+        axes: this rank's place.
+        kernels: see `load_model`.
+        dtype: of the weights.
+        device: where they will go; the angles of the rotary embedding are there already.
+        placements: where the experts of a layer stand; evenly in layers that are not named.
     """
     rope = RotaryEmbedding(config.rope, config.rotary_dim, device)
     local_rope = None
@@ -53,7 +64,14 @@ def build(
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            return CausalLM(config, axes=axes, kernels=kernels, rope=rope, local_rope=local_rope)
+            return CausalLM(
+                config,
+                axes=axes,
+                kernels=kernels,
+                rope=rope,
+                local_rope=local_rope,
+                placements=placements,
+            )
     finally:
         torch.set_default_dtype(default)
 
@@ -65,6 +83,7 @@ def load_model(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     axes: ParallelAxes | None = None,
+    placements: Mapping[int, ExpertPlacement] = MappingProxyType({}),
 ) -> CausalLM:
     """Read configuration and weights of a directory or .gguf file; the model is ready to run.
 
@@ -74,6 +93,7 @@ def load_model(
         dtype: auto (the checkpoint's own), float32, bfloat16 or float16.
         device: where the weights go.
         axes: this rank's place; None is one rank alone.
+        placements: see `build`; the same on every rank.
 
     Every rank checks all of the checkpoint's names and shapes, and reads its own slices only.
 
@@ -94,13 +114,14 @@ def load_model(
             )
         target, weight_dtype = torch.device(device), resolve_dtype(dtype, config)
 
-        def on_ranks(axes: ParallelAxes) -> CausalLM:
-            return build(config, axes=axes, kernels=kernels, dtype=weight_dtype, device=target)
-
+        make = partial(build, config, kernels=kernels, dtype=weight_dtype, device=target)
         single = ParallelAxes.single()
         try:
-            whole = on_ranks(single)
-            model = whole if axes in (None, single) else on_ranks(axes)
+            whole = make(axes=single)
+            if axes is None or axes == single:
+                model = whole
+            else:
+                model = make(axes=axes, placements=placements)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         load(

@@ -4,6 +4,7 @@ Shape suffixes: T tokens of this step, B sequences, D model dim, V vocabulary, A
 in the pool, J key then value, G KV heads, C slots in a block.
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from engine.layers.norm import RmsNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.models.decoder_layer import DecoderLayer
 from engine.parallel.axes import ParallelAxes
+from engine.parallel.expert_placement import ExpertPlacement
 from engine.parallel.heads import head_split
 from engine.parallel.stages import stage_layers
 from engine.parallel.vocabulary import LmHead, VocabParallelEmbedding
@@ -45,6 +47,7 @@ class CausalLM(nn.Module):
         kernels: Kernels,
         rope: RotaryEmbedding,
         local_rope: RotaryEmbedding | None,
+        placements: Mapping[int, ExpertPlacement],
     ) -> None:
         super().__init__()
         self.config = config
@@ -68,7 +71,8 @@ class CausalLM(nn.Module):
                 config.vocab_size, config.hidden_size, name=_EMBEDDING, axis=axes.tp
             )
         self._sequence = tuple(
-            DecoderLayer(config, index, axes=axes, kernels=kernels) for index in self.stage_layers
+            DecoderLayer(config, index, axes=axes, kernels=kernels, placement=placements.get(index))
+            for index in self.stage_layers
         )
         self.layers = nn.ModuleList(self._sequence)
         self.norm: RmsNorm | None = None

@@ -16,6 +16,7 @@ from engine.layers.mlp import Mlp
 from engine.layers.moe import MoeMlp
 from engine.layers.norm import RmsNorm
 from engine.parallel.axes import ParallelAxes
+from engine.parallel.expert_placement import ExpertPlacement
 
 
 class DecoderLayer(nn.Module):
@@ -25,7 +26,13 @@ class DecoderLayer(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, index: int, *, axes: ParallelAxes, kernels: Kernels
+        self,
+        config: ModelConfig,
+        index: int,
+        *,
+        axes: ParallelAxes,
+        kernels: Kernels,
+        placement: ExpertPlacement | None = None,
     ) -> None:
         super().__init__()
         name = f"model.layers.{index}"
@@ -62,7 +69,14 @@ class DecoderLayer(nn.Module):
         self.norm_before_mlp = norm(form.norms.before_mlp)
         self.mlp: Mlp | MoeMlp
         if form.experts is not None and index in form.experts.layers:
-            self.mlp = MoeMlp(config, form.experts, layer=name, axes=axes, kernels=kernels)
+            self.mlp = MoeMlp(
+                config,
+                form.experts,
+                layer=name,
+                axes=axes,
+                kernels=kernels,
+                placement=placement,
+            )
         else:
             self.mlp = Mlp(
                 config,

@@ -81,9 +81,9 @@ class ExpertExchange:
             num_copies: ranks of the axis that hold the same tokens; all of the axis' ranks, or on
                 every rank fewer.
         """
-        place_TK = self._places(expert_TK)
         if num_copies == self._axis.size:
-            return self._masked(x_TD, place_TK, weight_TK)
+            return self._masked(x_TD, self._places(expert_TK, 0), weight_TK)
+        place_TK = self._places(expert_TK, self._axis.rank)
         return self._exchanged(x_TD, place_TK, weight_TK, num_copies)
 
     def combine(self, y_RD: torch.Tensor, handle: Routed) -> torch.Tensor:
@@ -159,8 +159,11 @@ class ExpertExchange:
         routed = Routed(num_tokens, tokens, row_TK, weight_TK[tokens], exchanged)
         return arrived_RD[order_R], counts, routed
 
-    def _places(self, expert_TK: torch.Tensor) -> torch.Tensor:
-        """Where each token's experts stand, counted over all ranks; replicas take turns."""
+    def _places(self, expert_TK: torch.Tensor, first_turn: int) -> torch.Tensor:
+        """Where each token's experts stand, counted over all ranks; replicas take turns.
+
+        Ranks that mask the same tokens must begin with the same turn.
+        """
         if self._placement.is_plain:
             return expert_TK
         if self._replicas_EX is None or self._num_replicas_E is None:
@@ -171,5 +174,5 @@ class ExpertExchange:
             self._replicas_EX = torch.tensor(rows, device=device)
             self._num_replicas_E = torch.tensor([len(each) for each in places], device=device)
         token_T1 = torch.arange(len(expert_TK), device=expert_TK.device).unsqueeze(1)
-        turn_TK = token_T1 % self._num_replicas_E[expert_TK]
+        turn_TK = (token_T1 + first_turn) % self._num_replicas_E[expert_TK]
         return self._replicas_EX[expert_TK, turn_TK]

@@ -1,7 +1,9 @@
 """From a checkpoint and a configuration to an engine: the one door for workers."""
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,10 +21,12 @@ from engine.kv_cache.share import KvShare
 from engine.models.build import load_model, resolve_dtype
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import AxisGroup, ParallelAxes
+from engine.parallel.expert_placement import ExpertPlacement
 from engine.parallel.rank_group import RankGroup
 from engine.parallel.traffic import Traffic
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine import Engine
+from engine.runtime.expert_counts import share_placements, wanted_placements, write_counts
 from engine.runtime.follower import Follower
 from engine.runtime.followers import fewest_blocks
 from engine.runtime.group_runner import GroupRunner
@@ -49,6 +53,13 @@ class ModelEngine(Engine[ModelExecutor]):
 
     kv_shares: tuple[KvShare, ...] = ()
     """What each rank's pool holds, in rank order; set by `build_engine`."""
+    keep_expert_tokens: Callable[[list[ExpertTokens]], None] | None = None
+    """Called in the end with what was counted; set by `build_engine`."""
+
+    def close(self) -> None:
+        if self.keep_expert_tokens is not None:
+            self.keep_expert_tokens(self.expert_tokens)
+        super().close()
 
     @property
     def full_kv_layout(self) -> KvLayout:
@@ -209,6 +220,10 @@ def build_engine(
         ),
     )
     engine.kv_shares = tuple(kv_shares)
+    if config.expert_counts is not None and loaded.model.config.form.experts is not None:
+        engine.keep_expert_tokens = partial(
+            write_counts, config.expert_counts, model_digest=model_digest(model_path)
+        )
     return engine
 
 
@@ -255,7 +270,14 @@ def _load_rank(
     kernels = choose_kernels(device, dtype, cores.most_threads)
     dtype_name = str(dtype).removeprefix("torch.")
     axes = ParallelAxes.single() if group is None else group.axes
-    model = load_model(model_path, dtype=dtype_name, device=device, kernels=kernels, axes=axes)
+    model = load_model(
+        model_path,
+        dtype=dtype_name,
+        device=device,
+        kernels=kernels,
+        axes=axes,
+        placements=_placements(model_path, config, axes),
+    )
     max_context_tokens = _max_context_tokens(model.config, config)
     layout = KvLayout(
         num_layers=len(model.stage_layers),
@@ -279,6 +301,20 @@ def _load_rank(
         plan.num_blocks * layout.block_size_tokens,
     )
     return _LoadedRank(model, layout, device, max_context_tokens, plan.num_blocks, axes.dp)
+
+
+def _placements(
+    model_path: Path, config: EngineConfig, axes: ParallelAxes
+) -> Mapping[int, ExpertPlacement]:
+    """Where the experts of each layer stand; what rank 0 says holds for all ranks."""
+    experts = read_config(model_path).form.experts
+    if experts is None or axes.ep.size == 1:
+        return {}
+    wanted = None
+    if axes.world.rank == 0:
+        digest = model_digest(model_path)
+        wanted = wanted_placements(config, experts, model_digest=digest, num_ranks=axes.ep.size)
+    return share_placements(wanted, axes.world)
 
 
 def _facts(model_path: Path, config: EngineConfig, loaded: _LoadedRank, group: RankGroup) -> Facts:

@@ -5,11 +5,15 @@ import random
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from engine.checkpoint.digest import model_digest
+from engine.checkpoint.read import read_config
 from engine.parallel import ParallelLayout, RankGroup
 from engine.runtime.commands import SequenceMode
 from engine.runtime.engine_thread import EngineThread
+from engine.runtime.expert_counts import ExpertCounts, read_counts
 from engine.runtime.group_runner import GroupRunner
 from tests.checkpoints import VOCAB_SIZE, tiny_checkpoint
 from tests.distributed.group_engine import (
@@ -71,6 +75,7 @@ def answers_of_group(group: RankGroup, path: str, settings: dict[str, Any]) -> d
     return {
         "tokens": answers.tokens,
         "num_blocks": engine.limits.num_blocks,
+        "experts": [list(load.experts) for load in engine.runner.model.expert_loads.values()],
         "times": [[each.num_steps, each.busy_s, each.step_s] for each in engine.runner.times],
     }
 
@@ -95,6 +100,31 @@ def test_data_shards_draw_the_tokens_of_one_rank(layout: str, mixture: Path) -> 
     settings = {"parallel": ParallelLayout.parse(layout)}
     leader, *_ = run_ranks(layout, answers_of_group, str(mixture), settings)
     assert leader["tokens"] == expected
+
+
+@pytest.mark.parametrize("layout", ["tp=2,ep=2", "ep=2"])
+def test_replicas_of_hot_experts_change_no_token(
+    layout: str, mixture: Path, tmp_path: Path
+) -> None:
+    """What one run counts places the experts of the next."""
+    expected = asyncio.run(answer_all(lead(None, mixture, {}), prompts(), NUM_TOKENS)).tokens
+    path = tmp_path / "counts.json"
+    settings = {
+        "parallel": ParallelLayout.parse(layout),
+        "expert_counts": path,
+        "num_spare_experts": 1,
+    }
+    tokens = {layer: [900, 1, 1, 300, 1, 1] for layer in range(3)}
+    counted = ExpertCounts(model_digest(mixture), tokens)
+    path.write_bytes(msgspec.json.encode(counted))
+    leader, *_ = run_ranks(layout, answers_of_group, str(mixture), settings)
+    assert leader["tokens"] == expected
+    assert leader["experts"] == [[0, 1, 3, 4]] * 3
+    experts = read_config(mixture).form.experts
+    assert experts is not None
+    kept = read_counts(path, model_digest=model_digest(mixture), experts=experts)
+    assert kept != tokens
+    assert all(sum(counts) > 0 for counts in kept.values())
 
 
 def answers_one_by_one(group: RankGroup, path: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -183,6 +183,39 @@ def test_experts_are_spread_evenly(num_experts: int, num_ranks: int) -> None:
     assert sum(placement.num_places) == num_experts
 
 
+@given(
+    st.lists(st.integers(0, 1000), min_size=1, max_size=30), st.integers(1, 8), st.integers(0, 4)
+)
+def test_a_balanced_placement_has_all_experts_within_its_places(
+    num_tokens: list[int], num_ranks: int, num_spare: int
+) -> None:
+    num_ranks = min(num_ranks, len(num_tokens))
+    placement = ExpertPlacement.balanced(num_tokens, num_ranks, num_spare=num_spare)
+    assert len(placement.places_of) == len(num_tokens)
+    even = ExpertPlacement.even(len(num_tokens), num_ranks)
+    for count, least in zip(placement.num_places, even.num_places, strict=True):
+        assert 1 <= count <= min(least + num_spare, len(num_tokens))
+    if num_spare == 0:
+        assert placement.num_places == even.num_places
+
+
+def test_hot_experts_are_parted_and_the_hottest_stand_on_several_ranks() -> None:
+    """What each rank has to do, where the tokens of the two hottest were three quarters."""
+    num_tokens = [600, 300, 50, 50, 50, 50, 50, 50]
+
+    def loads(placement: ExpertPlacement) -> list[float]:
+        return [
+            sum(num_tokens[e] / len(placement.places_of[e]) for e in experts)
+            for experts in placement.experts_of
+        ]
+
+    assert loads(ExpertPlacement.even(8, 4)) == [900, 100, 100, 100]
+    assert max(loads(ExpertPlacement.balanced(num_tokens, 4, num_spare=0))) == 650
+    with_replicas = ExpertPlacement.balanced(num_tokens, 4, num_spare=1)
+    assert max(loads(with_replicas)) == 350
+    assert [len(places) for places in with_replicas.places_of[:3]] == [4, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("experts_of", "words"),
     [
