@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from benchmarks.ranks.processes import device_of_rank, run_on_ranks, take_own_cores
 from engine.config import CollectivesConfig, EngineConfig
@@ -21,7 +22,8 @@ from engine.runtime.commands import ErrorEvent, SequenceMode
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine import Submit
 from engine.runtime.membership import Membership, connect_ranks
-from engine.runtime.rank_message import RankTimes
+from engine.runtime.rank_message import ExpertTokens, RankTimes
+from mesh.metrics import imbalance_of
 
 CHUNK_TOKENS = 512
 """Of one step."""
@@ -57,6 +59,10 @@ class LoadRow:
     """Of the ranks' step time, in collectives within a stage, waiting for slower ranks included."""
     bubble_share: float
     """Of the time that the load took, summed over ranks: waiting for other stages."""
+    expert_imbalance: float
+    """Tokens of the busiest expert over the mean, all layers together; 1 without experts."""
+    rank_imbalance: float
+    """The same for the ranks that experts are spread over."""
 
 
 class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -111,15 +117,17 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     def _row(self, engine: ModelEngine, load: Load, num_threads: int) -> LoadRow:
         _play(engine, load, seed=0)
-        before = _settled_times(engine)
+        before, counted = _settled_times(engine), engine.runner.expert_tokens
         plays = [_play(engine, load, seed=1 + index) for index in range(load.num_repeats)]
         after = _settled_times(engine)
         median_s = statistics.median(play.timed_s for play in plays)
         step_s = _grown(before, after, "step_s")
-        waited_s = step_s - _grown(before, after, "busy_s")
+        busy_s = _grown(before, after, "busy_s")
+        waited_s = step_s - busy_s
         collective_s = _grown(before, after, "communication_s") - waited_s
         num_ranks = max(len(after), 1)
         total_s = num_ranks * sum(play.total_s for play in plays)
+        layout = ParallelLayout.parse(self.layout)
         tokens = load.num_prompts * (load.prompt_tokens if load.answer_tokens == 1 else 1)
         return LoadRow(
             layout=self.layout,
@@ -128,10 +136,9 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
             num_micro_batches=self.num_micro_batches,
             median_ms=median_s * 1e3,
             tokens_per_s=tokens / median_s,
-            collective_share=collective_s / step_s if step_s else 0.0,
-            bubble_share=1 - _grown(before, after, "busy_s") / total_s
-            if _has_stages(self)
-            else 0.0,
+            collective_share=max(0.0, collective_s / step_s) if step_s else 0.0,
+            bubble_share=1 - busy_s / total_s if layout.pp > 1 else 0.0,
+            **_imbalances(counted, engine.runner.expert_tokens),
         )
 
 
@@ -185,8 +192,16 @@ def _grown(before: Sequence[RankTimes], after: Sequence[RankTimes], name: str) -
     return float(sum(getattr(new, name) - getattr(old, name) for old, new in pairs))
 
 
-def _has_stages(task: LoadsTask) -> bool:
-    return ParallelLayout.parse(task.layout).pp > 1
+def _imbalances(before: Sequence[ExpertTokens], after: Sequence[ExpertTokens]) -> dict[str, float]:
+    """Of experts, and of ranks; where ranks share experts one of them counts."""
+    new_by_rank = [
+        np.sum([np.subtract(new[layer], old[layer]) for layer in new], axis=0)
+        for old, new in zip(before, after, strict=True)
+        if new
+    ]
+    ranks = [int(counts.sum()) for counts in new_by_rank if counts.any()]
+    experts = np.sum(new_by_rank, axis=0).tolist() if new_by_rank else [1]
+    return {"expert_imbalance": imbalance_of(experts), "rank_imbalance": imbalance_of(ranks or [1])}
 
 
 def _context_tokens(loads: Sequence[Load]) -> int:

@@ -141,6 +141,8 @@ def test_more_stages_than_layers_are_refused() -> None:
         ("tp=8", "8 does not fit .*; use tp=4 or tp=4,pp=2 or tp=2,pp=4"),
         ("pp=7", "pp=7 needs pp at most 6: .* 6 layers; use pp=6"),
         ("tp=6,pp=8", "tp=6 .* pp=8 .*; use tp=4,pp=6"),
+        ("pp=2,interleave=4", "interleave=4 needs interleave at most 3: .*; use pp=2,interleave=3"),
+        ("tp=8,pp=2,interleave=2", "use tp=4,pp=2,interleave=2 or tp=4,pp=4"),
         ("tp=6,sp=2", "use tp=4,sp=2 or tp=3,pp=2,sp=2"),
     ],
 )
@@ -153,6 +155,8 @@ def test_a_layout_that_does_not_fit_is_refused_with_those_that_do(text: str, wor
         check_layout_fits(config, ParallelLayout.parse(near))
 
 
-@pytest.mark.parametrize("text", ["tp=4", "pp=6", "tp=4,pp=6,dp=2", "tp=3,pp=5"])
+@pytest.mark.parametrize(
+    "text", ["tp=4", "pp=6", "pp=3,interleave=2", "tp=4,pp=6,dp=2", "tp=3,pp=5"]
+)
 def test_layouts_that_fit(text: str) -> None:
     check_layout_fits(config_of(6), ParallelLayout.parse(text))
