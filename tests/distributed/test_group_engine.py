@@ -118,7 +118,7 @@ def test_replicas_of_hot_experts_change_no_token(
         "expert_counts": path,
         "num_spare_experts": 1,
     }
-    tokens = {layer: [900, 1, 1, 300, 1, 1] for layer in range(3)}
+    tokens = {layer: [900, 1, 1, 300, 1, 1] for layer in range(4)}
     counted = ExpertCounts(model_digest(mixture), tokens)
     path.write_bytes(msgspec.json.encode(counted))
     leader, *_ = run_ranks(layout, answers_of_group, str(mixture), settings)
