@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from grpc import aio
 from prometheus_client import CollectorRegistry
 
-from decode_worker.metrics import ReceiverCollector
 from decode_worker.servicer import DecodeServicer
 from engine.checkpoint.digest import model_digest
 from engine.checkpoint.model_id import model_id_of
@@ -19,14 +18,25 @@ from engine.runtime.core_share import CoreShare
 from engine.runtime.engine_thread import EngineThread
 from engine.runtime.membership import join_worker, pool_addresses
 from kv_transfer.local_receiving_rank import LocalReceivingRank
+from kv_transfer.local_sending_rank import LocalSendingRank
+from kv_transfer.prefix.lender import PrefixLender
+from kv_transfer.prefix.sharing import sharing_prefixes
 from kv_transfer.rank.worker import kv_layout_of, other_ranks, serve_follower
 from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiver_metrics import ReceiverCollector
 from kv_transfer.receiving_group import ReceivingGroup
+from kv_transfer.sending_group import SendingGroup
 from kv_transfer.servicer import KvTransferServicer
-from mesh.metrics import ExpertCollector, RankCollector
+from mesh.metrics import EngineCollector, ExpertCollector, RankCollector
 from mesh.own_address import reachable_host
 from mesh.telemetry import exporting_spans
-from mesh.worker import WorkerConfig, WorkerIdentity, serving_worker, until_stopped
+from mesh.worker import (
+    WorkerConfig,
+    WorkerIdentity,
+    load_from,
+    serving_worker,
+    until_stopped,
+)
 from protos.isthmus.v1 import decode_pb2_grpc, kv_transfer_pb2_grpc
 from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_DECODE
 
@@ -85,13 +95,14 @@ async def serve(
     with exporting_spans(
         "isthmus-decode", instance_id=identity.worker_id, otlp_endpoint=worker.otlp_endpoint
     ):
+        layout = kv_layout_of(engine)
         async with (
             EngineThread(engine) as thread,
             other_ranks(addresses, transfer, worker_id=identity.worker_id) as others,
             KvReceiver(
-                thread,
+                lender := PrefixLender(thread, thread, block_size_tokens=layout.block_size_tokens),
                 ReceivingGroup(
-                    kv_layout_of(engine),
+                    layout,
                     engine.limits.num_blocks,
                     (LocalReceivingRank(engine.kv_pool, transfer), *others),
                 ),
@@ -100,9 +111,25 @@ async def serve(
                 config=transfer,
                 epoch=identity.epoch,
             ) as receiver,
+            sharing_prefixes(
+                thread,
+                SendingGroup(
+                    layout,
+                    engine.limits.num_blocks,
+                    (LocalSendingRank(engine.kv_pool, transfer), *others),
+                ),
+                receiver,
+                lender,
+                hash_salt_of=engine.model_config.rope_salt,
+                identity=identity,
+                redis_url=worker.redis_url,
+                config=transfer,
+                metrics=metrics,
+            ) as prefixes,
         ):
+            metrics.register(EngineCollector(lambda: thread.stats))
             metrics.register(ReceiverCollector(lambda: receiver.counters))
-            servicer = DecodeServicer(thread, receiver)
+            servicer = DecodeServicer(prefixes.engine, receiver)
 
             def add_servicers(server: aio.Server) -> None:
                 decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
@@ -116,7 +143,8 @@ async def serve(
                 add_servicers=add_servicers,
                 service_names=SERVICE_NAMES,
                 drained=servicer.drained,
-                stats=lambda: thread.stats,
+                load=lambda: load_from(thread.stats),
                 metrics=metrics,
-            ) as stop_asked:
-                await until_stopped(thread, stop_asked)
+            ) as serving:
+                prefixes.start_fetching(serving.address)
+                await until_stopped(thread, serving.stop_asked)

@@ -15,12 +15,13 @@ from engine.runtime.commands import (
     ErrorEvent,
     FirstTokenTiming,
     KvComputedEvent,
+    PrefixFetchEvent,
     RequestEngine,
     SequenceMode,
     TokenEvent,
 )
 from kv_transfer.receiver import KvReceiver
-from mesh.telemetry import span_between
+from mesh.telemetry import record_fetch, span_between
 
 logger = logging.getLogger(__name__)
 
@@ -106,13 +107,20 @@ class GatewayStream:
                     self._follow(event)
                 case ErrorEvent(request_id=request_id):
                     self._forget(request_id)
+                case PrefixFetchEvent():
+                    self._record_fetch(event)
                 case KvComputedEvent():
                     pass
-        self._put(events)
+        if said := [event for event in events if not isinstance(event, PrefixFetchEvent)]:
+            self._put(said)
 
     def _put(self, outputs: Sequence[Output]) -> None:
         self._outputs.extend(outputs)
         self._has_outputs.set()
+
+    def _record_fetch(self, event: PrefixFetchEvent) -> None:
+        if (sequence := self._open.get(event.request_id)) is not None:
+            record_fetch(event, sequence.trace_context)
 
     def _follow(self, token: TokenEvent) -> None:
         if (sequence := self._open.get(token.request_id)) is None:

@@ -59,6 +59,9 @@ PrefillParallel = Annotated[
 DecodeParallel = Annotated[str, typer.Option(help="Ranks of each decode worker, by axis.")]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="OpenAI API; 0 picks a free port.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="gRPC API; 0 picks a free port.")]
+Store = Annotated[
+    bool, typer.Option(help="Keep KV blocks in a process of their own: prefixes outlive workers.")
+]
 RedisUrl = Annotated[
     str, typer.Option(help="A running Redis; without it a private one is started.")
 ]
@@ -81,6 +84,7 @@ def up(
     decode_parallel: DecodeParallel = "tp=1",
     http_port: HttpPort = 8000,
     grpc_port: GrpcPort = 50051,
+    store: Store = False,
     redis_url: RedisUrl = "",
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = Device.AUTO,
@@ -102,6 +106,7 @@ def up(
         decode_parallel=decode_layout,
         http_port=http_port,
         grpc_port=grpc_port,
+        has_store=store,
         redis_url=redis_url,
         dtype=dtype,
         device=device,
@@ -196,6 +201,12 @@ def prefill_worker(context: typer.Context) -> None:
 def decode_worker(context: typer.Context) -> None:
     """Start a decode worker alone."""
     _pass_through("decode_worker", context)
+
+
+@app.command("store", context_settings=_PASS_THROUGH)
+def store(context: typer.Context) -> None:
+    """Start a store of KV blocks alone."""
+    _pass_through("kv_transfer", context)
 
 
 def _layout(flag: str, text: str) -> "ParallelLayout":

@@ -12,6 +12,7 @@ from protos.isthmus.v1.registry_pb2 import WorkerRecord, WorkerRole
 
 _ROLES = (
     WorkerRole.WORKER_ROLE_GATEWAY,
+    WorkerRole.WORKER_ROLE_STORE,
     WorkerRole.WORKER_ROLE_PREFILL,
     WorkerRole.WORKER_ROLE_DECODE,
 )

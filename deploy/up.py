@@ -61,6 +61,7 @@ def ready_line(mesh: Mesh) -> str:
         f" http://{mesh.address('gateway', 'http')}/v1 and"
         f" grpc://{mesh.address('gateway', 'grpc')},"
         f" {config.num_prefill} prefill + {config.num_decode} decode"
+        f"{' + store' if config.has_store else ''}"
     )
 
 

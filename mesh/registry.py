@@ -32,7 +32,7 @@ UNREACHABLE = (redis_errors.RedisError, OSError, TimeoutError)
 
 
 def role_name(role: WorkerRole) -> str:
-    """prefill, decode or gateway."""
+    """prefill, decode, gateway or store."""
     return WorkerRole.Name(role).removeprefix("WORKER_ROLE_").lower()
 
 

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "ISTHMUS_"
-MESH_SECTIONS = frozenset({"gateway", "recovery", "worker", "engine", "transfer", "collectives"})
+MESH_SECTIONS = frozenset(
+    {"gateway", "recovery", "worker", "engine", "transfer", "collectives", "store"}
+)
 """Sections of every kind of service: one file or environment may serve them all, so a service
 passes over what belongs to another. What belongs to none is an error everywhere."""
 

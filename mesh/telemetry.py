@@ -18,6 +18,8 @@ from opentelemetry.trace import Span, Tracer
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
+from engine.runtime.commands import PrefixFetchEvent
+
 TRACEPARENT = "traceparent"
 OTLP_ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 _EXPORT_DELAY_MS = 500
@@ -90,6 +92,22 @@ def span_between(
         name, context=context, start_time=start_ns, attributes=attributes
     )
     span.end(end_ns)
+
+
+def record_fetch(event: PrefixFetchEvent, context: Context | None) -> None:
+    """kv.fetch: the decision about a prompt's missing part, and the fetch if there was one."""
+    span_between(
+        "kv.fetch",
+        event.start_ns,
+        event.end_ns,
+        context=context,
+        attributes={
+            "decision": event.decision,
+            "reason": event.reason,
+            "num_tokens": event.num_tokens,
+            "num_bytes": event.num_bytes,
+        },
+    )
 
 
 def context_from_traceparent(traceparent: str) -> Context | None:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from engine.errors import EngineDeadError
 from engine.runtime.commands import EngineStats
 from mesh.logs import LogFormat
-from mesh.metrics import EngineCollector, serving_metrics
+from mesh.metrics import serving_metrics
 from mesh.own_address import reachable_host
 from mesh.process import stop_signals, write_ready_file
 from mesh.registry import connect_redis, registered, role_name
@@ -109,6 +109,16 @@ class WorkerIdentity:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A worker that answers."""
+
+    address: str
+    """host:port under which others know its gRPC server."""
+    stop_asked: asyncio.Event
+    """Set by a signal to stop."""
+
+
 @asynccontextmanager
 async def serving_worker(
     config: WorkerConfig,
@@ -117,17 +127,14 @@ async def serving_worker(
     add_servicers: Callable[[aio.Server], None],
     service_names: Sequence[str],
     drained: Callable[[], Awaitable[None]],
-    stats: Callable[[], EngineStats],
+    load: Callable[[], WorkerLoad],
     metrics: CollectorRegistry,
-) -> AsyncIterator[asyncio.Event]:
+) -> AsyncIterator[Serving]:
     """Be in the registry and answer inside the block; then leave in the reverse order.
-
-    Yields the event that a signal to stop sets.
 
     On exit the record goes first, so that nothing new comes. The server answers on until
     `drained` returns or `drain_grace_s` is over: a sequence that was promised KV still gets it.
     """
-    metrics.register(EngineCollector(stats))
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(connect_redis(config.redis_url))
         metrics_port = stack.enter_context(
@@ -157,7 +164,7 @@ async def serving_worker(
         )
 
         def current_record() -> WorkerRecord:
-            record.load.CopyFrom(_load_from(stats()))
+            record.load.CopyFrom(load())
             return record
 
         stack.push_async_callback(_drain, drained, health, config.drain_grace_s)
@@ -170,7 +177,7 @@ async def serving_worker(
             {"grpc": f"{config.host}:{port}", "metrics": record.metrics_address},
         )
         logger.info("ready worker_id=%s address=%s", identity.worker_id, record.address)
-        yield stop_asked
+        yield Serving(record.address, stop_asked)
 
 
 async def _drain(
@@ -215,7 +222,8 @@ async def until_stopped(engine: MortalEngine, stop_asked: asyncio.Event) -> None
         raise engine.death
 
 
-def _load_from(stats: EngineStats) -> WorkerLoad:
+def load_from(stats: EngineStats) -> WorkerLoad:
+    """What a worker with an engine says of its load in the registry."""
     return WorkerLoad(
         num_waiting=stats.num_waiting,
         num_running=stats.num_running,

@@ -19,20 +19,27 @@ Serve = Callable[[Mapping[str, Any], Path, Mapping[str, str]], Coroutine[Any, An
 
 
 def worker_main(
-    role: str, sections: Mapping[str, type[Any]], load_serve: Callable[[], Serve]
+    role: str,
+    sections: Mapping[str, type[Any]],
+    load_serve: Callable[[], Serve],
+    *,
+    program: str = "",
+    description: str = "",
 ) -> int:
     """Run one worker process; returns its exit status.
 
     Args:
-        role: prefill or decode.
+        role: prefill, decode or store.
         sections: settings besides the worker's own, by name.
         load_serve: imports what serves; called once the settings are known to be good, because
             importing torch takes seconds.
+        program: in --help; empty: after the role, as is `description`.
+        description: one sentence.
     """
     try:
         settings = parse_command_line(
-            f"{role}_worker",
-            f"One {role} worker of an Isthmus mesh.",
+            program or f"{role}_worker",
+            description or f"One {role} worker of an Isthmus mesh.",
             {"worker": WorkerConfig, **sections},
             sys.argv[1:],
             os.environ,

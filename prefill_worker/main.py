@@ -17,26 +17,39 @@ from engine.runtime.core_share import CoreShare
 from engine.runtime.engine_thread import EngineThread
 from engine.runtime.membership import join_worker, pool_addresses
 from engine.scheduling.block_hash import block_hashes
+from kv_transfer.local_receiving_rank import LocalReceivingRank
 from kv_transfer.local_sending_rank import LocalSendingRank
+from kv_transfer.prefix.lender import PrefixLender
+from kv_transfer.prefix.sharing import sharing_prefixes
 from kv_transfer.rank.worker import kv_layout_of, other_ranks, serve_follower
+from kv_transfer.receiver import KvReceiver
+from kv_transfer.receiver_metrics import ReceiverCollector
+from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.sender import KvSender
 from kv_transfer.sending_group import SendingGroup
+from kv_transfer.servicer import KvTransferServicer
 from mesh.channel import open_channel
-from mesh.metrics import ExpertCollector, RankCollector
+from mesh.metrics import EngineCollector, ExpertCollector, RankCollector
 from mesh.own_address import reachable_host
 from mesh.telemetry import exporting_spans
-from mesh.worker import WorkerConfig, WorkerIdentity, serving_worker, until_stopped
+from mesh.worker import (
+    WorkerConfig,
+    WorkerIdentity,
+    load_from,
+    serving_worker,
+    until_stopped,
+)
 from prefill_worker.metrics import HandoverSeconds, SenderCollector
 from prefill_worker.prefill import Prefiller
 from prefill_worker.servicer import PrefillServicer
-from protos.isthmus.v1 import prefill_pb2_grpc as pb_grpc
+from protos.isthmus.v1 import kv_transfer_pb2_grpc, prefill_pb2_grpc
 from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_PREFILL
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
     from kv_transfer.config import TransferConfig
 
-SERVICE_NAMES = ("isthmus.v1.PrefillService",)
+SERVICE_NAMES = ("isthmus.v1.PrefillService", "isthmus.v1.KvTransferService")
 
 
 async def serve(
@@ -92,12 +105,13 @@ async def serve(
     with exporting_spans(
         "isthmus-prefill", instance_id=identity.worker_id, otlp_endpoint=worker.otlp_endpoint
     ):
+        layout = kv_layout_of(engine)
         async with (
             EngineThread(engine) as thread,
             other_ranks(addresses, transfer, worker_id=identity.worker_id) as others,
             KvSender(
-                SendingGroup(
-                    kv_layout_of(engine),
+                group := SendingGroup(
+                    layout,
                     engine.limits.num_blocks,
                     (LocalSendingRank(engine.kv_pool, transfer), *others),
                 ),
@@ -107,12 +121,42 @@ async def serve(
                 config=transfer,
                 on_end=HandoverSeconds(metrics).observe,
             ) as sender,
+            KvReceiver(
+                lender := PrefixLender(thread, None, block_size_tokens=layout.block_size_tokens),
+                ReceivingGroup(
+                    layout,
+                    engine.limits.num_blocks,
+                    (LocalReceivingRank(engine.kv_pool, transfer), *others),
+                ),
+                receiver_id=identity.worker_id,
+                model_digest=digest,
+                config=transfer,
+                epoch=identity.epoch,
+            ) as receiver,
+            sharing_prefixes(
+                thread,
+                group,
+                receiver,
+                lender,
+                hash_salt_of=engine.model_config.rope_salt,
+                identity=identity,
+                redis_url=worker.redis_url,
+                config=transfer,
+                metrics=metrics,
+            ) as prefixes,
         ):
+            metrics.register(EngineCollector(lambda: thread.stats))
             metrics.register(SenderCollector(lambda: sender.counters))
-            prefiller = Prefiller(thread, sender, hash_blocks=hash_blocks)
+            metrics.register(ReceiverCollector(lambda: receiver.counters))
+            prefiller = Prefiller(prefixes.engine, sender, hash_blocks=hash_blocks)
 
             def add_servicers(server: aio.Server) -> None:
-                pb_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(prefiller), server)
+                prefill_pb2_grpc.add_PrefillServiceServicer_to_server(
+                    PrefillServicer(prefiller), server
+                )
+                kv_transfer_pb2_grpc.add_KvTransferServiceServicer_to_server(
+                    KvTransferServicer(receiver), server
+                )
 
             async with serving_worker(
                 worker,
@@ -120,7 +164,8 @@ async def serve(
                 add_servicers=add_servicers,
                 service_names=SERVICE_NAMES,
                 drained=prefiller.drained,
-                stats=lambda: thread.stats,
+                load=lambda: load_from(thread.stats),
                 metrics=metrics,
-            ) as stop_asked:
-                await until_stopped(thread, stop_asked)
+            ) as serving:
+                prefixes.start_fetching(serving.address)
+                await until_stopped(thread, serving.stop_asked)

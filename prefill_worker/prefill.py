@@ -11,6 +11,7 @@ from engine.runtime.commands import (
     EngineEvent,
     ErrorEvent,
     KvComputedEvent,
+    PrefixFetchEvent,
     RequestEngine,
     SequenceMode,
     TokenEvent,
@@ -62,9 +63,14 @@ class Prefiller:
         self._idle.set()
 
     async def run(
-        self, job: PrefillJob, emit_token: Callable[[TokenEvent], Awaitable[None]]
+        self,
+        job: PrefillJob,
+        emit_token: Callable[[TokenEvent], Awaitable[None]],
+        note_fetch: Callable[[PrefixFetchEvent], None] = lambda event: None,
     ) -> HandoverReport | None:
         """Compute the job; `emit_token` is awaited once, as soon as the token is drawn.
+
+        `note_fetch` is called before, when part of the prompt may come from a store.
 
         Cancelling it (or `abort`) frees the blocks on both workers before it returns.
 
@@ -83,7 +89,7 @@ class Prefiller:
         self._running[request_id] = task
         self._idle.clear()
         try:
-            return await self._compute_and_hand_over(job, inbox, emit_token)
+            return await self._compute_and_hand_over(job, inbox, emit_token, note_fetch)
         finally:
             del self._running[request_id]
             # Also after success: the engine holds the blocks until it is told.
@@ -105,12 +111,16 @@ class Prefiller:
         return num_freed
 
     async def _compute_and_hand_over(
-        self, job: PrefillJob, inbox: Inbox, emit_token: Callable[[TokenEvent], Awaitable[None]]
+        self,
+        job: PrefillJob,
+        inbox: Inbox,
+        emit_token: Callable[[TokenEvent], Awaitable[None]],
+        note_fetch: Callable[[PrefixFetchEvent], None],
     ) -> HandoverReport | None:
         computed: asyncio.Queue[KvComputedEvent | TokenEvent] = asyncio.Queue()
         async with asyncio.TaskGroup() as tasks:
             handover = tasks.create_task(self._hand_over(job, computed), name="handover")
-            token = await _first_token(inbox, computed)
+            token = await _first_token(inbox, computed, note_fetch)
             if token.finish_reason is None:
                 computed.put_nowait(token)
             else:
@@ -139,7 +149,9 @@ class Prefiller:
 
 
 async def _first_token(
-    inbox: Inbox, computed: asyncio.Queue[KvComputedEvent | TokenEvent]
+    inbox: Inbox,
+    computed: asyncio.Queue[KvComputedEvent | TokenEvent],
+    note_fetch: Callable[[PrefixFetchEvent], None],
 ) -> TokenEvent:
     """Pass KV on to the handover until the token is drawn."""
     while True:
@@ -148,5 +160,7 @@ async def _first_token(
                 raise error
             case KvComputedEvent() as event:
                 computed.put_nowait(event)
+            case PrefixFetchEvent() as event:
+                note_fetch(event)
             case TokenEvent() as token:
                 return token

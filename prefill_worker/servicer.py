@@ -1,12 +1,14 @@
 """gRPC face of the prefill worker: translate, run the job, translate back."""
 
+from functools import partial
+
 from grpc import aio
 
 from engine.request import Request
 from engine.runtime.commands import TokenEvent
 from kv_transfer.report import HandoverReport
 from mesh.convert import finish_reason_to_pb, logprobs_to_pb, sampling_from_pb
-from mesh.telemetry import context_from_call
+from mesh.telemetry import context_from_call, record_fetch
 from prefill_worker.prefill import Prefiller, PrefillJob
 from prefill_worker.spans import record_handover, record_prefill
 from protos.isthmus.v1 import prefill_pb2 as pb
@@ -33,7 +35,9 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
             record_prefill(token, trace_context)
             await context.write(pb.PrefillResponse(first_token=_first_token_to_pb(token)))
 
-        report = await self._prefiller.run(_job_from(request), emit_token)
+        report = await self._prefiller.run(
+            _job_from(request), emit_token, partial(record_fetch, context=trace_context)
+        )
         if report is not None:
             record_handover(report, trace_context)
             await context.write(_handover_to_pb(report, prefill_end_ns))

@@ -126,7 +126,10 @@ def _new_mesh(
         return ChildProcess(spec, on_change=mesh.write_state, on_output=events.on_output)
 
     tiers = [] if place.config.redis_url else [[child(programs.redis_spec(place))]]
-    tiers.append([child(spec) for spec in programs.worker_specs(place)])
+    workers = programs.worker_specs(place)
+    if place.config.has_store:
+        workers.append(programs.store_spec(place))
+    tiers.append([child(spec) for spec in workers])
     tiers.append([child(programs.gateway_spec(place))])
     mesh.children = [child for tier in tiers for child in tier]
     return mesh, tiers

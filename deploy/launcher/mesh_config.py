@@ -13,6 +13,7 @@ _PROGRAMS = {
     "prefill": ("-m", "prefill_worker"),
     "decode": ("-m", "decode_worker"),
     "gateway": ("-m", "gateway"),
+    "store": ("-m", "kv_transfer"),
 }
 
 
@@ -30,6 +31,8 @@ class MeshConfig:
     prefill_parallel: ParallelLayout = _ONE_RANK
     """Ranks of each prefill worker, by axis."""
     decode_parallel: ParallelLayout = _ONE_RANK
+    has_store: bool = False
+    """Whether a store of KV blocks runs beside the workers."""
     redis_url: str = ""
     """Empty: a private Redis is started."""
     dtype: str = "auto"

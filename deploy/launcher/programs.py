@@ -87,6 +87,18 @@ def worker_specs(place: MeshPlace) -> list[ChildSpec]:
     return specs
 
 
+def store_spec(place: MeshPlace) -> ChildSpec:
+    """The store of KV blocks; it has no core of its own, since it copies now and then."""
+    return _service_spec(
+        place,
+        name="store",
+        role="store",
+        flags=_always(("--host", HOST, "--port", "0", "--dtype", place.config.dtype)),
+        environments=lambda: [thread_environment(1)],
+        inherited_fds=(),
+    )
+
+
 def _rank_environment(slot: int, home: Sequence[int]) -> dict[str, str]:
     """What differs among the ranks of a worker, besides their numbers."""
     return {

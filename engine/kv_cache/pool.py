@@ -4,18 +4,18 @@ Shape suffixes: P blocks, L layers, J parts (key, value), G KV heads, C slots in
 A head dim.
 """
 
-import errno
-import mmap
 import os
 from collections.abc import Sequence
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 
 from engine.kv_cache.layout import KvLayout
-from engine.kv_cache.populate import populate
+from engine.kv_cache.shared_blocks import shared_blocks
 
-NONCE_BYTES = 16
+if TYPE_CHECKING:
+    import mmap
+
 TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -108,31 +108,6 @@ class KvPool:
             raise ValueError(f"block ids must be in [0, {self.num_blocks})")
 
     def _shared_tensor(self, dtype: torch.dtype) -> torch.Tensor:
-        total_bytes = self.num_bytes + NONCE_BYTES
-        self._fd = os.memfd_create("isthmus-kv", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(self._fd, total_bytes)
-            self._map = mmap.mmap(self._fd, total_bytes, mmap.MAP_SHARED)
-            _prefault(self._map)
-            self._map[self.num_bytes :] = os.urandom(NONCE_BYTES)
-        except BaseException:
-            self.close()
-            raise
+        self._fd, self._map = shared_blocks(self.num_bytes)
         whole = torch.frombuffer(self._map, dtype=torch.uint8)
         return whole[: self.num_bytes].view(dtype)
-
-
-def _prefault(memory: mmap.mmap) -> None:
-    """Take the pages now: a first write costs a quarter of a microsecond a KiB, in every prompt.
-
-    It also turns a host that is too small into an error at start-up.
-    """
-    try:
-        populate(memory)
-    except OSError as error:
-        if error.errno != errno.ENOMEM:
-            raise
-        raise MemoryError(
-            f"the KV pool of {len(memory)} bytes does not fit this host's memory; "
-            "lower kv_pool_bytes or kv_memory_fraction"
-        ) from error

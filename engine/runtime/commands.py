@@ -61,6 +61,25 @@ class KvComputedEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixFetchEvent:
+    """It was decided whether to fetch the part of a prompt that is not cached here.
+
+    Comes before all other events of the request. `start_ns` and `end_ns` are time.time_ns() marks.
+    """
+
+    request_id: str
+    decision: str
+    """fetch or compute."""
+    reason: str
+    """Why: a label of few values, as in the metric."""
+    num_tokens: int
+    """Tokens that came."""
+    num_bytes: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class ErrorEvent:
     """The request ended here without a token; its blocks are free."""
 
@@ -68,7 +87,7 @@ class ErrorEvent:
     error: IsthmusError
 
 
-EngineEvent = TokenEvent | KvComputedEvent | ErrorEvent
+EngineEvent = TokenEvent | KvComputedEvent | PrefixFetchEvent | ErrorEvent
 
 
 class EventSink(Protocol):
@@ -104,6 +123,8 @@ class EngineStats:
     num_preemptions: int = 0
     num_prefix_hit_tokens: int = 0
     step_s_total: float = 0.0
+    prefill_s_total: float = 0.0
+    """Of it, for prompt tokens; a step that does more is shared by its tokens."""
 
 
 class RequestEngine(Protocol):
@@ -157,3 +178,42 @@ class RequestEngine(Protocol):
 
         The caller guarantees that nobody writes to the blocks any more.
         """
+
+
+class PrefixEngine(Protocol):
+    """The asyncio face of an engine's prefix cache, for whoever keeps prefixes elsewhere too.
+
+    Block hashes are those of `engine.scheduling.block_hash`, from a sequence's start. Hold ids
+    share their names with request ids. Loop only; `EngineThread` implements it.
+    """
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def num_cached_blocks(self, block_hashes: Sequence[bytes]) -> int:
+        """Leading `block_hashes` that are cached now; the next step may change it."""
+
+    async def hold_prefix(self, hold_id: str, block_hashes: Sequence[bytes]) -> Reservation:
+        """Keep the cached ones of leading `block_hashes` unchanged until `cancel_reservation`.
+
+        Cancelling gives them back.
+
+        Raises:
+            CapacityError: the engine has no block to spare.
+        """
+
+    async def take_prefix(self, hold_id: str, block_hashes: Sequence[bytes]) -> Reservation:
+        """A block for each of `block_hashes`, cached ones first; the others are to be written.
+
+        Until `adopt_prefix` or `cancel_reservation`; raises as `hold_prefix`.
+        """
+
+    async def adopt_prefix(self, hold_id: str, num_blocks: int) -> None:
+        """The first `num_blocks` that were taken hold their KV: cache them; hold none any longer.
+
+        Raises:
+            UnknownRequestError: they were given back.
+        """
+
+    async def cancel_reservation(self, request_id: str) -> int:
+        """Give back what is held or taken; unknown ids: 0."""

@@ -1,7 +1,6 @@
 """One engine: a scheduler and what computes its plans. Synchronous, one thread; no torch here."""
 
 import time
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -54,7 +53,35 @@ class CancelReservation:
     request_id: str
 
 
-Command = Submit | Abort | Release | Reserve | CommitReservation | CancelReservation
+@dataclass(frozen=True, slots=True)
+class HoldPrefix:
+    hold_id: str
+    block_hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TakePrefix:
+    hold_id: str
+    block_hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptPrefix:
+    hold_id: str
+    num_blocks: int
+
+
+Command = (
+    Submit
+    | Abort
+    | Release
+    | Reserve
+    | CommitReservation
+    | CancelReservation
+    | HoldPrefix
+    | TakePrefix
+    | AdoptPrefix
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +92,14 @@ class Reply:
     result: int | Reservation | IsthmusError | None
 
 
-EngineOutput = EngineEvent | Reply
+@dataclass(frozen=True, slots=True)
+class PrefixEnded:
+    """A sequence has ended; these full blocks of it, in order, were cached then."""
+
+    block_hashes: tuple[bytes, ...]
+
+
+EngineOutput = EngineEvent | Reply | PrefixEnded
 
 
 class StepEngine(Protocol):
@@ -75,6 +109,9 @@ class StepEngine(Protocol):
 
     @property
     def stats(self) -> EngineStats: ...
+
+    def num_cached_blocks(self, block_hashes: Seq[bytes]) -> int:
+        """Leading `block_hashes` that are cached at this moment; any thread may ask."""
 
     def prepare(self) -> None:
         """Called first, on the thread that steps: warm up, so that no request pays for it."""
@@ -105,23 +142,13 @@ class PlanExecutor(Protocol):
     def warm_up(self, num_threads: int) -> None:
         """Compute something like the steps to come, so that no request pays for it."""
 
-    @property
-    def max_num_plans(self) -> int:
-        """How many may have begun and not be finished; more than 1 where stages compute them."""
-
-    def begin(self, plan: StepPlan, num_threads: int) -> None:
-        """Start to compute a plan of at least one chunk; may return before it is computed.
+    def execute(self, plan: StepPlan, drawing: Seq[Sequence], num_threads: int) -> list[DrawnToken]:
+        """Compute a plan's KV and draw a token for each drawing chunk, in their order.
 
         Args:
-            plan: see `Scheduler.schedule`.
+            plan: has at least one chunk.
+            drawing: the sequences of the drawing chunks.
             num_threads: CPU threads that it may use.
-        """
-
-    def finish(self, drawing: Seq[Sequence]) -> list[DrawnToken]:
-        """Wait until the earliest plan's KV is there, draw a token for each drawing chunk.
-
-        Args:
-            drawing: the sequences of the drawing chunks, in their order.
         """
 
     def forget(self, request_id: str) -> None:
@@ -165,14 +192,17 @@ class Engine(Generic[Executor]):
         self._max_num_batched_tokens = max_num_batched_tokens
         self._shared_step_tokens_per_thread = shared_step_tokens_per_thread
         self._reserving: dict[str, int] = {}
-        self._in_flight: deque[StepPlan] = deque()
         self._num_steps = 0
         self._step_s_total = 0.0
+        self._prefill_s_total = 0.0
         self._stats = self._snapshot()
 
     @property
     def stats(self) -> EngineStats:
         return self._stats
+
+    def num_cached_blocks(self, block_hashes: Seq[bytes]) -> int:
+        return self.scheduler.num_cached_blocks(block_hashes)
 
     def prepare(self) -> None:
         self.executor.warm_up(self._cores.most_threads)
@@ -185,26 +215,33 @@ class Engine(Generic[Executor]):
         except IsthmusError as error:
             outputs.append(Reply(command_id, error))
         outputs += self._replies_to(self.scheduler.grant_reservations())
+        outputs += self._ended_prefixes()
         self._stats = self._snapshot()
         return outputs
 
     def step(self) -> list[EngineOutput] | None:
-        """Begin as many plans as may be in flight, then finish the earliest."""
         begin_s = time.perf_counter()
-        outputs: list[EngineOutput] = []
-        while len(self._in_flight) < self.executor.max_num_plans:
-            grant = self._cores.begin_step()
-            plan, granted = self.scheduler.schedule(self._budget(grant), time.time_ns())
-            outputs += self._replies_to(granted)
-            if not plan.chunks:
-                break
-            self.executor.begin(plan, grant.num_threads)
-            self._in_flight.append(plan)
-        if not self._in_flight:
+        grant = self._cores.begin_step()
+        plan, granted = self.scheduler.schedule(self._budget(grant), time.time_ns())
+        outputs = self._replies_to(granted)
+        if not plan.chunks:
             self._stats = self._snapshot()
             return outputs or None
-        outputs += self._finish_earliest()
-        self._step_s_total += time.perf_counter() - begin_s
+        drawing = [
+            self.scheduler.sequence(chunk.request_id) for chunk in plan.chunks if chunk.is_drawing
+        ]
+        drawn = self.executor.execute(plan, drawing, grant.num_threads)
+        num_prefill_tokens = self.scheduler.num_prefill_tokens
+        events = self.scheduler.commit(plan, drawn, time.time_ns())
+        outputs += [*self._ended_prefixes(), *events]
+        for sequence in drawing:
+            if sequence.state is SequenceState.FINISHED:
+                self.executor.forget(sequence.request_id)
+        self._num_steps += 1
+        step_s = time.perf_counter() - begin_s
+        self._step_s_total += step_s
+        num_prefill_tokens = self.scheduler.num_prefill_tokens - num_prefill_tokens
+        self._prefill_s_total += step_s * num_prefill_tokens / plan.num_tokens
         self._stats = self._snapshot()
         return outputs
 
@@ -217,26 +254,6 @@ class Engine(Generic[Executor]):
     def close(self) -> None:
         self._cores.close()
         self.executor.close()
-
-    def _finish_earliest(self) -> list[EngineOutput]:
-        plan = self._in_flight.popleft()
-        drawing = [
-            self.scheduler.sequence(chunk.request_id) for chunk in plan.chunks if chunk.is_drawing
-        ]
-        drawn = self.executor.finish(drawing)
-        events = self.scheduler.commit(plan, drawn, time.time_ns())
-        for sequence in drawing:
-            if sequence.state is SequenceState.FINISHED:
-                self.executor.forget(sequence.request_id)
-        self._num_steps += 1
-        return [*events]
-
-    def _land(self, request_id: str) -> list[EngineOutput]:
-        """Finish plans until none has tokens of a sequence that is to end."""
-        outputs: list[EngineOutput] = []
-        while self.scheduler.is_in_flight(request_id):
-            outputs += self._finish_earliest()
-        return outputs
 
     def _budget(self, grant: CoreGrant) -> int:
         """Tokens of the next step: few enough that whoever waits for its end waits shortly."""
@@ -255,13 +272,12 @@ class Engine(Generic[Executor]):
                 except IsthmusError as error:
                     return [ErrorEvent(request.request_id, error)]
             case Abort(request_id):
-                outputs = [*self._give_up_reserving(request_id), *self._land(request_id)]
+                outputs = self._give_up_reserving(request_id)
                 self.executor.forget(request_id)
                 return [*outputs, Reply(command_id, scheduler.abort(request_id))]
             case Release(request_id):
-                outputs = self._land(request_id)
                 self.executor.forget(request_id)
-                return [*outputs, Reply(command_id, scheduler.release(request_id))]
+                return [Reply(command_id, scheduler.release(request_id))]
             case Reserve(request_id, num_tokens, block_hashes):
                 scheduler.reserve(request_id, num_tokens, block_hashes)
                 self._reserving[request_id] = command_id
@@ -272,6 +288,13 @@ class Engine(Generic[Executor]):
             case CancelReservation(request_id):
                 outputs = self._give_up_reserving(request_id)
                 return [*outputs, Reply(command_id, scheduler.cancel_reservation(request_id))]
+            case HoldPrefix(hold_id, block_hashes):
+                return [Reply(command_id, scheduler.hold_prefix(hold_id, block_hashes))]
+            case TakePrefix(hold_id, block_hashes):
+                return [Reply(command_id, scheduler.take_prefix(hold_id, block_hashes))]
+            case AdoptPrefix(hold_id, num_blocks):
+                scheduler.adopt_prefix(hold_id, num_blocks)
+                return [Reply(command_id, None)]
 
     def _give_up_reserving(self, request_id: str) -> list[EngineOutput]:
         """Answer a Reserve that will never be granted now."""
@@ -283,6 +306,9 @@ class Engine(Generic[Executor]):
             Reply(self._reserving.pop(request_id), reservation)
             for request_id, reservation in granted
         ]
+
+    def _ended_prefixes(self) -> list[PrefixEnded]:
+        return [PrefixEnded(hashes) for hashes in self.scheduler.take_ended_prefixes()]
 
     def _snapshot(self) -> EngineStats:
         scheduler = self.scheduler
@@ -298,4 +324,5 @@ class Engine(Generic[Executor]):
             num_preemptions=scheduler.num_preemptions,
             num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
             step_s_total=self._step_s_total,
+            prefill_s_total=self._prefill_s_total,
         )

@@ -29,15 +29,19 @@ from engine.runtime.commands import (
 )
 from engine.runtime.engine import (
     Abort,
+    AdoptPrefix,
     CancelReservation,
     Command,
     CommitReservation,
     EngineOutput,
+    HoldPrefix,
+    PrefixEnded,
     Release,
     Reply,
     Reserve,
     StepEngine,
     Submit,
+    TakePrefix,
 )
 
 logger = logging.getLogger(__name__)
@@ -48,7 +52,7 @@ _Item = tuple[int, Command] | Exception | None
 
 
 class EngineThread:
-    """Implements RequestEngine; use it as an async context manager, on one loop.
+    """Implements RequestEngine and PrefixEngine; an async context manager, on one loop.
 
     `dead` is set when the thread has died: the process should end with a status other than 0.
     """
@@ -62,6 +66,8 @@ class EngineThread:
                 freed after this time, so that a gateway's death does not leak blocks.
         """
         self.dead = asyncio.Event()
+        self.on_prefix_ended: Callable[[Sequence[bytes]], None] = lambda block_hashes: None
+        """Called on the loop with the hashes of a sequence's cached full blocks when it ends."""
         self._engine = engine
         self._unclaimed_commit_timeout_s = unclaimed_commit_timeout_s
         self._commands: SimpleQueue[_Item] = SimpleQueue()
@@ -102,12 +108,17 @@ class EngineThread:
     def stats(self) -> EngineStats:
         return self._engine.stats
 
-    def submit(self, request: Request, mode: SequenceMode, sink: EventSink) -> None:
+    def check_submit(self, request: Request, mode: SequenceMode) -> None:
+        """Raises what `submit` would raise now."""
         self._check_alive()
         request_id = request.request_id
         if request_id in self._modes or request_id in self._ending:
             raise DuplicateRequestError(f"request {request_id} is running")
         self._engine.limits.check_request(request, mode)
+
+    def submit(self, request: Request, mode: SequenceMode, sink: EventSink) -> None:
+        self.check_submit(request, mode)
+        request_id = request.request_id
         self._modes[request_id] = mode
         self._sinks[request_id] = sink
         self._claim(request_id)
@@ -125,14 +136,7 @@ class EngineThread:
         self, request_id: str, num_tokens: int, block_hashes: Sequence[bytes]
     ) -> Reservation:
         self._check_alive()
-        try:
-            answer = await self._ask(Reserve(request_id, num_tokens, tuple(block_hashes)))
-        except asyncio.CancelledError:
-            self._put(CancelReservation(request_id))
-            raise
-        if not isinstance(answer, Reservation):
-            raise UnknownRequestError(f"the reservation of request {request_id} was cancelled")
-        return answer
+        return await self._ask_blocks(Reserve(request_id, num_tokens, tuple(block_hashes)))
 
     async def commit(self, request_id: str, first_token_id: int) -> None:
         self._check_alive()
@@ -146,6 +150,23 @@ class EngineThread:
     async def cancel_reservation(self, request_id: str) -> int:
         self._check_alive()
         return await self._ask_count(CancelReservation(request_id))
+
+    # PrefixEngine, on the loop.
+
+    def num_cached_blocks(self, block_hashes: Sequence[bytes]) -> int:
+        return self._engine.num_cached_blocks(block_hashes)
+
+    async def hold_prefix(self, hold_id: str, block_hashes: Sequence[bytes]) -> Reservation:
+        self._check_alive()
+        return await self._ask_blocks(HoldPrefix(hold_id, tuple(block_hashes)))
+
+    async def take_prefix(self, hold_id: str, block_hashes: Sequence[bytes]) -> Reservation:
+        self._check_alive()
+        return await self._ask_blocks(TakePrefix(hold_id, tuple(block_hashes)))
+
+    async def adopt_prefix(self, hold_id: str, num_blocks: int) -> None:
+        self._check_alive()
+        await self._ask(AdoptPrefix(hold_id, num_blocks))
 
     # Loop side.
 
@@ -170,6 +191,18 @@ class EngineThread:
             return await future
         finally:
             self._replies.pop(command_id, None)
+
+    async def _ask_blocks(self, command: Reserve | HoldPrefix | TakePrefix) -> Reservation:
+        """As `_ask`; cancelling gives back what may have been granted."""
+        hold_id = command.request_id if isinstance(command, Reserve) else command.hold_id
+        try:
+            answer = await self._ask(command)
+        except asyncio.CancelledError:
+            self._put(CancelReservation(hold_id))
+            raise
+        if not isinstance(answer, Reservation):
+            raise UnknownRequestError(f"the reservation of request {hold_id} was cancelled")
+        return answer
 
     async def _ask_count(self, command: Command) -> int:
         answer = await self._ask(command)
@@ -227,6 +260,9 @@ class EngineThread:
         for output in outputs:
             if isinstance(output, Reply):
                 self._answer(output)
+                continue
+            if isinstance(output, PrefixEnded):
+                self.on_prefix_ended(output.block_hashes)
                 continue
             sink = self._sinks.get(output.request_id)
             if sink is None:  # aborted on the loop before the engine knew

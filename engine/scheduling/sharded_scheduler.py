@@ -31,7 +31,6 @@ class ShardedScheduler:
         eos_token_ids: frozenset[int],
         has_prefix_cache: bool = True,
         hash_salt_of: Callable[[int], int] = lambda _num_prompt_tokens: 0,
-        max_num_plans: int = 1,
     ) -> None:
         self.limits = limits
         self.shards = tuple(
@@ -42,7 +41,6 @@ class ShardedScheduler:
                 has_prefix_cache=has_prefix_cache,
                 hash_salt_of=hash_salt_of,
                 first_block_id=shard * limits.num_blocks,
-                max_num_plans=max_num_plans,
             )
             for shard in range(limits.num_data_shards)
         )
@@ -51,9 +49,6 @@ class ShardedScheduler:
 
     def sequence(self, request_id: str) -> Sequence:
         return self._holder(request_id).sequence(request_id)
-
-    def is_in_flight(self, request_id: str) -> bool:
-        return self._holder(request_id).is_in_flight(request_id)
 
     @property
     def num_running(self) -> int:
@@ -124,6 +119,27 @@ class ShardedScheduler:
         self, request_id: str, first_token_id: int, now_ns: int
     ) -> list[EngineEvent]:
         return self._holder(request_id).commit_reservation(request_id, first_token_id, now_ns)
+
+    def num_cached_blocks(self, hashes: Seq[bytes]) -> int:
+        return max(shard.num_cached_blocks(hashes) for shard in self.shards)
+
+    def hold_prefix(self, hold_id: str, hashes: Seq[bytes]) -> Reservation:
+        """On the shard that has most of it."""
+        shard = self._holder(hold_id)
+        if not self._is_known(hold_id):
+            shard = max(self.shards, key=lambda each: each.num_cached_blocks(hashes))
+        return shard.hold_prefix(hold_id, hashes)
+
+    def take_prefix(self, hold_id: str, hashes: Seq[bytes]) -> Reservation:
+        """On the shard that its sequence would be given to now."""
+        num_tokens = len(hashes) * self.limits.block_size_tokens
+        return self._shard_for(hold_id, num_tokens, hashes).take_prefix(hold_id, hashes)
+
+    def adopt_prefix(self, hold_id: str, num_blocks: int) -> None:
+        self._holder(hold_id).adopt_prefix(hold_id, num_blocks)
+
+    def take_ended_prefixes(self) -> list[tuple[bytes, ...]]:
+        return [hashes for shard in self.shards for hashes in shard.take_ended_prefixes()]
 
     def grant_reservations(self) -> list[tuple[str, Reservation]]:
         return [granted for shard in self.shards for granted in shard.grant_reservations()]

@@ -169,6 +169,7 @@ async def test_the_death_of_any_rank_restarts_all_of_its_worker(tmp_path, rank) 
 
 
 async def test_a_rank_that_cannot_start_is_named_with_its_words(tmp_path) -> None:
+    before = psutil.Process().children()
     flags = {"decode": ("--fail-rank", "2", "--fail", "the checkpoint lacks a tensor")}
     with pytest.raises(StartError) as raised:
         async with running_mesh(
@@ -176,7 +177,7 @@ async def test_a_rank_that_cannot_start_is_named_with_its_words(tmp_path) -> Non
         ):
             pass
     assert str(raised.value) == "decode-0 rank 2 could not start: the checkpoint lacks a tensor"
-    assert not [child for child in psutil.Process().children() if child.is_running()]
+    assert psutil.Process().children() == before
 
 
 async def test_a_killed_redis_comes_back_at_the_same_address(tmp_path) -> None:
@@ -193,6 +194,7 @@ async def test_a_killed_redis_comes_back_at_the_same_address(tmp_path) -> None:
 async def test_a_service_that_cannot_start_is_quoted_and_nothing_stays(
     tmp_path, private_temp_dir
 ) -> None:
+    before = psutil.Process().children()
     config = config_for(tmp_path, {"decode": ("--fail", "the checkpoint is truncated")})
     with pytest.raises(StartError, match="the checkpoint is truncated") as raised:
         async with running_mesh(config, QUIET, hurry=asyncio.Event()):
@@ -200,7 +202,7 @@ async def test_a_service_that_cannot_start_is_quoted_and_nothing_stays(
     assert str(raised.value) == "decode-0 could not start: the checkpoint is truncated"
     assert list(private_temp_dir.iterdir()) == []
     assert not (tmp_path / "state.json").exists()
-    assert not [child for child in psutil.Process().children() if child.is_running()]
+    assert psutil.Process().children() == before
 
 
 async def test_a_service_that_never_serves_is_given_up(tmp_path) -> None:

@@ -15,10 +15,11 @@ ONE_OF_EACH_SECTION = {
     "engine": ("NUM_THREADS", "1"),
     "transfer": ("LEASE_S", "5"),
     "collectives": ("COLLECTIVE_TIMEOUT_S", "9"),
+    "store": ("MEMORY_BYTES", "1000000"),
 }
 
 
-@pytest.mark.parametrize("role", ["gateway", "prefill_worker", "decode_worker"])
+@pytest.mark.parametrize("role", ["gateway", "prefill_worker", "decode_worker", "kv_transfer"])
 def test_a_role_takes_the_environment_of_all(role: str) -> None:
     assert ONE_OF_EACH_SECTION.keys() == MESH_SECTIONS
     environment = {

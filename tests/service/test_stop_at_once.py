@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from engine.runtime.commands import EngineStats
 from gateway import main as gateway_main
 from gateway.config import GatewayConfig
 from gateway.session import RecoveryConfig
 from gateway.tokenizer import TextModel
 from mesh import process, worker
 from mesh.worker import WorkerConfig, WorkerIdentity, serving_worker, until_stopped
-from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_DECODE
+from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_DECODE, WorkerLoad
 from tests.fakes.byte_tokenizer import byte_tokenizer
 
 
@@ -62,11 +61,11 @@ async def test_a_worker_drains(
             add_servicers=lambda server: None,
             service_names=[],
             drained=drained,
-            stats=EngineStats,
+            load=WorkerLoad,
             metrics=CollectorRegistry(),
-        ) as stop_asked,
+        ) as serving,
     ):
-        await until_stopped(HealthyEngine(), stop_asked)
+        await until_stopped(HealthyEngine(), serving.stop_asked)
     assert stopped == [tmp_path / "ready"]
     assert drains == ["drained"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -13,7 +13,7 @@ from engine.request import FinishReason, Request, SamplingParams
 from engine.runtime.build import ModelEngine, build_engine
 from engine.runtime.commands import ErrorEvent, Reservation, SequenceMode, TokenEvent
 from engine.runtime.core_share import CoreShare
-from engine.runtime.engine import CommitReservation, Reply, Reserve, Submit
+from engine.runtime.engine import CommitReservation, PrefixEnded, Reply, Reserve, Submit
 from engine.scheduling.block_hash import block_hashes
 from tests.checkpoints import tiny_checkpoint
 
@@ -230,7 +230,7 @@ def test_context_end_is_a_length_finish(make_engine):
     engine.apply(0, Submit(request, LOCAL))
     outputs = []
     while (stepped := engine.step()) is not None:
-        outputs += stepped
+        outputs += [output for output in stepped if not isinstance(output, PrefixEnded)]
     last = outputs[-1]
     assert isinstance(last, TokenEvent)
     assert last.finish_reason is FinishReason.LENGTH

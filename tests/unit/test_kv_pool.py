@@ -9,8 +9,9 @@ import torch
 
 from engine.config import EngineConfig
 from engine.kv_cache.layout import KvLayout
-from engine.kv_cache.pool import NONCE_BYTES, KvPool
+from engine.kv_cache.pool import KvPool
 from engine.kv_cache.pool_plan import KvPoolTooSmallError, plan_kv_pool
+from engine.kv_cache.shared_blocks import NONCE_BYTES
 from kv_transfer import memory
 
 LAYOUT = KvLayout(num_layers=3, num_kv_heads=2, head_dim=4, block_size_tokens=8, dtype="bfloat16")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import random
-from collections import deque
 
 import pytest
 from hypothesis import given, settings
@@ -26,7 +25,7 @@ from engine.runtime.commands import (
 from engine.scheduling.block_hash import block_hashes
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.step_plan import DrawnToken, StepPlan
+from engine.scheduling.step_plan import DrawnToken
 from tests.fakes.engine import expected_tokens, next_token
 
 LOCAL, PREFILL, DECODE = SequenceMode.LOCAL, SequenceMode.PREFILL, SequenceMode.DECODE
@@ -59,7 +58,7 @@ class Driver:
         self.finished: dict[str, FinishReason] = {}
         self.announced: dict[str, list[tuple[int, int]]] = {}
         self.granted: dict[str, Reservation] = {}
-        self.plans: deque[tuple[StepPlan, set[int]]] = deque()
+        self.known: dict[str, list[int]] = {}
         self.now_ns = 0
 
     def submit(self, request: Request, mode: SequenceMode) -> None:
@@ -67,13 +66,7 @@ class Driver:
         self.book(self.scheduler.submit(request, mode, self.now_ns))
 
     def step(self) -> int:
-        """Plan as much as may be in flight, commit the earliest; returns its number of tokens."""
-        while len(self.plans) < self.scheduler.max_num_plans and self.begin():
-            pass
-        return self.finish() if self.plans else 0
-
-    def begin(self) -> int:
-        """Plan; returns the number of tokens."""
+        """One step; returns the number of tokens computed."""
         self.now_ns += 1
         plan, granted = self.scheduler.schedule(self.budget, self.now_ns)
         self.granted.update(dict(granted))
@@ -81,43 +74,25 @@ class Driver:
         assert len(plan.chunks) <= self.scheduler.max_num_sequences
         assert len({chunk.request_id for chunk in plan.chunks}) == len(plan.chunks)
         block_size = self.scheduler.limits.block_size_tokens
-        in_flight = set().union(*(blocks for _, blocks in self.plans))
         written: set[int] = set()
+        drawn = []
         for chunk in plan.chunks:
             sequence = self.scheduler.sequence(chunk.request_id)
             end = chunk.first_position + len(chunk.token_ids)
             assert list(chunk.token_ids) == sequence.token_ids[chunk.first_position : end]
-            assert end == sequence.num_planned_tokens
+            assert chunk.first_position == sequence.num_computed_tokens
             assert end <= len(chunk.block_ids) * block_size
             blocks = set(
                 chunk.block_ids[chunk.first_position // block_size : -(-end // block_size)]
             )
-            assert not blocks & (written | in_flight), "two chunks write to one block"
+            assert not blocks & written, "two sequences write to one block"
             written |= blocks
             assert chunk.is_drawing == (end == sequence.num_tokens)
-        if plan.chunks:
-            self.plans.append((plan, written))
-        self.scheduler.check_conservation()
-        return plan.num_tokens
-
-    def finish(self) -> int:
-        """Commit the earliest plan; returns its number of tokens."""
-        plan, _ = self.plans.popleft()
-        drawn = []
-        for chunk in plan.chunks:
-            sequence = self.scheduler.sequence(chunk.request_id)
-            assert sequence.block_ids[: len(chunk.block_ids)] == list(chunk.block_ids)
-            assert chunk.first_position == sequence.num_computed_tokens
             if chunk.is_drawing:
                 drawn.append(DrawnToken(next_token(sequence.token_ids), None))
         self.book(self.scheduler.commit(plan, drawn, self.now_ns))
         self.scheduler.check_conservation()
         return plan.num_tokens
-
-    def land(self, request_id: str) -> None:
-        """Commit until no plan has tokens of it: only then it may be ended."""
-        while self.scheduler.is_in_flight(request_id):
-            self.finish()
 
     def book(self, events) -> None:
         for event in events:
@@ -137,54 +112,6 @@ class Driver:
             if not self.step():
                 return
         raise AssertionError("no end in sight")
-
-
-def test_sequences_that_decode_are_dealt_out_to_the_plans_in_flight():
-    driver = Driver(make_scheduler(max_num_plans=2))
-    for index in range(5):
-        driver.submit(make_request(str(index), num_prompt=2, first=index, max_tokens=9), LOCAL)
-    driver.step()
-    driver.begin()
-    for _ in range(5):
-        assert driver.begin() > 0
-        assert sorted(len(plan.chunks) for plan, _ in driver.plans) == [2, 3]
-        driver.finish()
-    driver.run()
-    for index in range(5):
-        assert driver.tokens[str(index)] == expected_tokens((index, index + 1), 9)
-
-
-def test_chunks_of_one_prompt_follow_each_other_in_flight():
-    driver = Driver(make_scheduler(max_num_plans=3), budget=16)
-    driver.submit(make_request(num_prompt=40), PREFILL)
-    assert [driver.begin() for _ in range(4)] == [16, 16, 8, 0]
-    assert driver.tokens == {}, "its first token waits for the third plan"
-    assert [driver.finish() for _ in range(3)] == [16, 16, 8]
-    assert driver.announced["a"] == [(0, 16), (16, 16), (32, 8)]
-    assert driver.tokens["a"] == expected_tokens(range(40), 1)
-
-
-def test_what_is_in_flight_is_not_preempted():
-    driver = Driver(make_scheduler(num_blocks=5, max_num_plans=2, has_prefix_cache=False))
-    for index in range(2):
-        driver.submit(make_request(str(index), num_prompt=6, first=index, max_tokens=8), LOCAL)
-    while not driver.scheduler.num_preemptions:
-        in_flight = {chunk.request_id for plan, _ in driver.plans for chunk in plan.chunks}
-        while len(driver.plans) < 2 and driver.begin():
-            pass
-        assert all(driver.scheduler.sequence(name).block_ids for name in in_flight)
-        driver.finish()
-    driver.run()
-    for index in range(2):
-        assert driver.tokens[str(index)] == expected_tokens(range(index, index + 6), 8)
-
-
-def test_a_sequence_in_flight_cannot_end():
-    driver = Driver(make_scheduler(max_num_plans=2))
-    driver.submit(make_request(), LOCAL)
-    driver.begin()
-    with pytest.raises(AssertionError, match="being computed"):
-        driver.scheduler.abort("a")
 
 
 def test_local_request_runs_to_its_length():
@@ -548,22 +475,14 @@ operations = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    operations,
-    st.integers(8, 20),
-    st.integers(2, 5),
-    st.booleans(),
-    st.integers(0, 9),
-    st.integers(1, 3),
-)
+@given(operations, st.integers(8, 20), st.integers(2, 5), st.booleans(), st.integers(0, 9))
 def test_random_schedules_end_with_all_blocks_free(
-    steps, num_blocks, max_num_sequences, has_prefix_cache, extra_budget, max_num_plans
+    steps, num_blocks, max_num_sequences, has_prefix_cache, extra_budget
 ):
     scheduler = make_scheduler(
         num_blocks=num_blocks,
         max_num_sequences=max_num_sequences,
         has_prefix_cache=has_prefix_cache,
-        max_num_plans=max_num_plans,
     )
     driver = Driver(scheduler, budget=scheduler.min_num_batched_tokens + extra_budget)
     requests: dict[str, tuple[Request, SequenceMode]] = {}
@@ -600,13 +519,11 @@ def test_random_schedules_end_with_all_blocks_free(
         elif operation == "cancel":
             scheduler.cancel_reservation(f"x{index}")
         elif operation == "abort":
-            driver.land(request_id)
             scheduler.abort(request_id)
             reserved.pop(request_id, None)
             driver.granted.pop(request_id, None)
             requests.pop(request_id, None)
         elif operation == "release":
-            driver.land(request_id)
             scheduler.release(request_id)
         else:
             driver.step()
@@ -614,7 +531,6 @@ def test_random_schedules_end_with_all_blocks_free(
     for number in range(reservation_count + 1):
         scheduler.cancel_reservation(f"x{number}")
     for request_id in reserved:
-        driver.land(request_id)
         scheduler.abort(request_id)
         requests.pop(request_id, None)
     for _ in range(50):  # PREFILL sequences hold blocks that others wait for
@@ -664,3 +580,72 @@ def test_many_random_sequences_all_make_progress():
             driver.step()
     driver.run()
     assert driver.tokens == expected
+
+
+# Prefixes that others read or write.
+
+
+def hashes_of(num_blocks: int, *, first: int = 0) -> list[bytes]:
+    return block_hashes(range(first, first + 4 * num_blocks), 4)
+
+
+def test_ended_sequence_tells_the_hashes_of_its_full_blocks():
+    driver = Driver(make_scheduler())
+    driver.submit(make_request(num_prompt=10, max_tokens=4), LOCAL)
+    driver.run()
+    token_ids = [*range(10), *driver.tokens["a"]]
+    # The last token was drawn but its KV never computed.
+    assert driver.scheduler.take_ended_prefixes() == [tuple(block_hashes(token_ids[:13], 4))]
+    assert driver.scheduler.take_ended_prefixes() == []
+
+
+def test_held_prefix_outlives_every_other_use_of_the_pool():
+    driver = Driver(make_scheduler(num_blocks=8))
+    driver.submit(make_request(num_prompt=9, max_tokens=1), LOCAL)
+    driver.run()
+    hold = driver.scheduler.hold_prefix("h", hashes_of(4))
+    assert len(hold.block_ids) == 2
+    assert hold.num_cached_tokens == 8
+    driver.submit(make_request("b", num_prompt=24, first=100, max_tokens=1), LOCAL)
+    driver.run()
+    assert driver.finished["b"] is FinishReason.LENGTH
+    assert driver.scheduler.block_pool.cached_prefix(hashes_of(2)) == list(hold.block_ids)
+    assert driver.scheduler.cancel_reservation("h") == 2
+    driver.scheduler.check_conservation()
+    assert driver.scheduler.block_pool.num_free == 8
+
+
+def test_taken_prefix_is_found_by_the_next_sequence_as_far_as_it_was_written():
+    driver = Driver(make_scheduler(num_blocks=8))
+    taken = driver.scheduler.take_prefix("t", hashes_of(4))
+    assert (len(taken.block_ids), taken.num_cached_tokens) == (4, 0)
+    assert driver.scheduler.block_pool.cached_prefix(hashes_of(4)) == [], "nothing is written yet"
+    driver.scheduler.adopt_prefix("t", 3)
+    driver.scheduler.check_conservation()
+    assert driver.scheduler.block_pool.num_free == 8
+    driver.submit(make_request(num_prompt=17, max_tokens=1), LOCAL)
+    driver.run()
+    assert driver.scheduler.num_prefix_hit_tokens == 12
+    assert driver.scheduler.num_prefill_tokens == 5
+
+
+def test_prefix_that_was_given_back_cannot_be_adopted():
+    scheduler = make_scheduler()
+    scheduler.take_prefix("t", hashes_of(2))
+    assert scheduler.cancel_reservation("t") == 2
+    with pytest.raises(UnknownRequestError, match="t"):
+        scheduler.adopt_prefix("t", 2)
+    assert scheduler.block_pool.cached_prefix(hashes_of(2)) == []
+
+
+def test_prefix_takes_no_block_that_a_decoding_sequence_may_need_next():
+    driver = Driver(make_scheduler(num_blocks=4))
+    driver.submit(make_request(num_prompt=8, max_tokens=9), LOCAL)
+    driver.step()
+    with pytest.raises(CapacityError, match="2 free"):
+        driver.scheduler.take_prefix("t", hashes_of(2, first=500))
+    taken = driver.scheduler.take_prefix("t", hashes_of(1, first=500))
+    with pytest.raises(DuplicateRequestError):
+        driver.scheduler.hold_prefix("t", hashes_of(1))
+    assert len(taken.block_ids) == 1
+    driver.scheduler.check_conservation()

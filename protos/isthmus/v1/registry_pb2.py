@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n protos/isthmus/v1/registry.proto\x12\nisthmus.v1\"\x9b\x02\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.isthmus.v1.WorkerRole\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x05 \x01(\t\x12\x10\n\x08model_id\x18\x06 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x07 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x08 \x01(\r\x12\x0b\n\x03pid\x18\t \x01(\r\x12$\n\x04load\x18\n \x01(\x0b\x32\x16.isthmus.v1.WorkerLoad\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x10\n\x08parallel\x18\x0c \x01(\t\"\x7f\n\nWorkerLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x03 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r*s\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x17\n\x13WORKER_ROLE_GATEWAY\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n protos/isthmus/v1/registry.proto\x12\nisthmus.v1\"\x9b\x02\n\x0cWorkerRecord\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.isthmus.v1.WorkerRole\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x05 \x01(\t\x12\x10\n\x08model_id\x18\x06 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x07 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x08 \x01(\r\x12\x0b\n\x03pid\x18\t \x01(\r\x12$\n\x04load\x18\n \x01(\x0b\x32\x16.isthmus.v1.WorkerLoad\x12\x10\n\x08\x64raining\x18\x0b \x01(\x08\x12\x10\n\x08parallel\x18\x0c \x01(\t\"\x7f\n\nWorkerLoad\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\r\x12\x13\n\x0bnum_running\x18\x02 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x03 \x01(\r\x12\x17\n\x0fnum_free_blocks\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r*\x8a\x01\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x01\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x02\x12\x17\n\x13WORKER_ROLE_GATEWAY\x10\x03\x12\x15\n\x11WORKER_ROLE_STORE\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.isthmus.v1.registry_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=463
-  _globals['_WORKERROLE']._serialized_end=578
+  _globals['_WORKERROLE']._serialized_start=464
+  _globals['_WORKERROLE']._serialized_end=602
   _globals['_WORKERRECORD']._serialized_start=49
   _globals['_WORKERRECORD']._serialized_end=332
   _globals['_WORKERLOAD']._serialized_start=334

@@ -12,10 +12,12 @@ class WorkerRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     WORKER_ROLE_PREFILL: _ClassVar[WorkerRole]
     WORKER_ROLE_DECODE: _ClassVar[WorkerRole]
     WORKER_ROLE_GATEWAY: _ClassVar[WorkerRole]
+    WORKER_ROLE_STORE: _ClassVar[WorkerRole]
 WORKER_ROLE_UNSPECIFIED: WorkerRole
 WORKER_ROLE_PREFILL: WorkerRole
 WORKER_ROLE_DECODE: WorkerRole
 WORKER_ROLE_GATEWAY: WorkerRole
+WORKER_ROLE_STORE: WorkerRole
 
 class WorkerRecord(_message.Message):
     __slots__ = ("worker_id", "role", "epoch", "address", "metrics_address", "model_id", "model_digest", "max_context_tokens", "pid", "load", "draining", "parallel")

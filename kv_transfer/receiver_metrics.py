@@ -1,4 +1,4 @@
-"""What a decode worker received, for Prometheus."""
+"""What the receiving end of handovers did, for Prometheus."""
 
 from collections.abc import Callable, Iterable
 
@@ -33,12 +33,12 @@ class ReceiverCollector(Collector):
         )
         yield CounterMetricFamily(
             "isthmus_handover_received_tokens",
-            "Tokens whose KV arrived from prefill workers.",
+            "Tokens whose KV arrived from other processes.",
             value=counters.num_committed_tokens,
         )
         yield CounterMetricFamily(
             "isthmus_handover_received_bytes",
-            "KV bytes that arrived from prefill workers.",
+            "KV bytes that arrived from other processes.",
             value=counters.num_committed_bytes,
         )
         yield labelled_counter(

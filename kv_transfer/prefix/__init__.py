@@ -1,0 +1,1 @@
+"""A worker's side of the store: publishes prefixes in the background, fetches what pays."""

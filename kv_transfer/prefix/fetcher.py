@@ -1,0 +1,195 @@
+"""Fetches the part of a prompt that a store has and this worker lacks, where that pays."""
+
+import asyncio
+import re
+import time
+from collections import Counter
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
+
+from engine.errors import (
+    CapacityError,
+    DeadlineError,
+    IsthmusError,
+    NotReadyError,
+    PeerUnavailableError,
+)
+from engine.runtime.commands import PrefixEngine, PrefixFetchEvent, Reservation
+from kv_transfer.group_layout import GroupLayout
+from kv_transfer.prefix.fetch_cost import FetchCost
+from kv_transfer.prefix.lender import PrefixLender
+from kv_transfer.prefix.stores import Store, Stores
+from kv_transfer.receiver import KvReceiver
+from kv_transfer.reshard import num_handover_bytes
+from protos.isthmus.v1 import kv_store_pb2 as pb
+
+T = TypeVar("T")
+
+FIRST_TIMEOUT_S = 5.0
+"""For a fetch as long as nobody knows what computing would cost."""
+MIN_TIMEOUT_S = 0.5
+_AVOIDABLE = (PeerUnavailableError, NotReadyError, DeadlineError)
+
+
+class _Declined(Exception):  # noqa: N818 - not an error: it says why the prompt is computed
+    """The text is the reason, a metric label."""
+
+
+class PrefixFetcher:
+    """Loop only. Blocks that are being written stay taken until no write can reach them."""
+
+    def __init__(
+        self,
+        engine: PrefixEngine,
+        stores: Stores,
+        receiver: KvReceiver,
+        lender: PrefixLender,
+        *,
+        worker_id: str,
+        layout: GroupLayout,
+    ) -> None:
+        """Fetch nothing before `address` is set.
+
+        Args:
+            engine: whose prefix cache is filled.
+            stores: where prefixes may be.
+            receiver: this worker's, which has its blocks from `lender`.
+            lender: see there.
+            worker_id: the receiver's id.
+            layout: of this worker's ranks.
+        """
+        self.address = ""
+        """host:port under which stores reach `receiver`'s service."""
+        self.cost = FetchCost()
+        self.decisions: Counter[tuple[str, str]] = Counter()
+        """By decision and reason."""
+        self.num_tokens = 0
+        self.num_bytes = 0
+        self.num_open = 0
+        self._engine = engine
+        self._stores = stores
+        self._receiver = receiver
+        self._lender = lender
+        self._worker_id = worker_id
+        self._layout = layout
+
+    def is_of_use(self, block_hashes: Sequence[bytes]) -> bool:
+        """Whether `fetch` has anything to decide."""
+        return bool(
+            self.address and block_hashes and self._stores.choose(block_hashes[0]) is not None
+        )
+
+    async def fetch(self, request_id: str, block_hashes: Sequence[bytes]) -> PrefixFetchEvent:
+        """Fill the prefix cache as far as that is cheaper than computing; raises no IsthmusError.
+
+        Cancelling ends a fetch that is under way; its blocks are free when this returns.
+
+        Args:
+            request_id: of the request whose prompt it is.
+            block_hashes: of the prompt's blocks that need not be computed if they are cached.
+        """
+        start_ns = time.time_ns()
+        self.num_open += 1
+        response, decision = pb.FetchResponse(), "compute"
+        try:
+            response, reason = await self._fetch(f"{request_id}/prefix", block_hashes)
+            decision = "fetch"
+        except _Declined as declined:
+            reason = str(declined)
+        except IsthmusError as error:
+            reason = _reason_of(error)
+        finally:
+            self.num_open -= 1
+        self.decisions[decision, reason] += 1
+        num_tokens = response.num_blocks * self._layout.block_size_tokens
+        self.num_tokens += num_tokens
+        self.num_bytes += response.num_bytes
+        return PrefixFetchEvent(
+            request_id,
+            decision,
+            reason,
+            num_tokens,
+            response.num_bytes,
+            start_ns,
+            time.time_ns(),
+        )
+
+    async def _fetch(
+        self, fetch_id: str, block_hashes: Sequence[bytes]
+    ) -> tuple[pb.FetchResponse, str]:
+        num_local = self._engine.num_cached_blocks(block_hashes)
+        missing = block_hashes[num_local:]
+        if not missing:
+            raise _Declined("cached")
+        self.cost.observe_engine(self._engine.stats)
+        reason = self._choose(len(missing))
+        store = self._stores.choose(block_hashes[0])
+        if store is None:
+            raise _Declined("no_store")
+        start_s = time.monotonic()
+        num_found = await self._ask(store, store.query(missing))
+        if num_found == 0:
+            raise _Declined("absent")
+        if reason == "cheaper" and num_found < len(missing):
+            self._choose(num_found)
+        ask_s = time.monotonic() - start_s
+        wanted = block_hashes[: num_local + num_found]
+        try:
+            taken = await self._engine.take_prefix(fetch_id, wanted)
+        except CapacityError:
+            raise _Declined("no_blocks") from None
+        start_s = time.monotonic()
+        response = await self._receive(store, fetch_id, wanted, taken)
+        if not response.num_blocks:
+            raise _Declined("absent")
+        self.cost.observe_fetch(response.num_bytes, ask_s + time.monotonic() - start_s)
+        return response, reason
+
+    def _choose(self, num_blocks: int) -> str:
+        """The reason to fetch so many blocks; raises _Declined where computing is cheaper."""
+        num_tokens = num_blocks * self._layout.block_size_tokens
+        num_bytes = num_handover_bytes(self._layout, num_tokens)
+        choice = self.cost.choose(num_tokens=num_tokens, num_bytes=num_bytes)
+        if not choice.is_fetch:
+            raise _Declined(choice.reason)
+        return choice.reason
+
+    async def _receive(
+        self, store: Store, fetch_id: str, block_hashes: Sequence[bytes], taken: Reservation
+    ) -> pb.FetchResponse:
+        size = self._layout.block_size_tokens
+        first = taken.num_cached_tokens // size
+        compute_s = self.cost.compute_s((len(block_hashes) - first) * size)
+        timeout_s = FIRST_TIMEOUT_S if compute_s is None else max(MIN_TIMEOUT_S, 2 * compute_s)
+        request = pb.FetchRequest(
+            fetch_id=fetch_id,
+            worker_id=self._worker_id,
+            address=self.address,
+            first_block=first,
+            block_hashes=block_hashes[first:],
+        )
+        self._lender.expect(fetch_id, taken)
+        try:
+            return await self._ask(store, store.fetch(request, timeout_s=timeout_s))
+        finally:
+            # Shielded: the blocks go back even when the caller is cancelled twice.
+            await asyncio.shield(asyncio.ensure_future(self._give_back(fetch_id)))
+
+    async def _give_back(self, fetch_id: str) -> None:
+        """Nothing happens to blocks that were adopted."""
+        await self._receiver.abort(fetch_id)
+        self._lender.forget(fetch_id)
+        await self._engine.cancel_reservation(fetch_id)
+
+    async def _ask(self, store: Store, call: Awaitable[T]) -> T:
+        try:
+            return await call
+        except _AVOIDABLE as error:
+            self._stores.avoid(store, error)
+            raise
+
+
+def _reason_of(error: IsthmusError) -> str:
+    """The error's class as a metric label: PeerUnavailableError is peer_unavailable."""
+    name = type(error).__name__.removesuffix("Error") or "Error"
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

@@ -1,0 +1,1 @@
+"""The stand-alone store of KV blocks: `python -m kv_transfer`."""

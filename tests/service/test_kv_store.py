@@ -1,0 +1,383 @@
+"""Prefixes through a store: what comes back is what was computed; nobody waits for the store."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+from grpc import StatusCode, aio
+
+from engine.runtime.commands import PrefixFetchEvent, SequenceMode
+from engine.scheduling.block_hash import block_hashes
+from kv_transfer.config import DataPlane
+from kv_transfer.local_sending_rank import LocalLink
+from kv_transfer.prefix import publisher as publisher_module
+from kv_transfer.store.servicer import KvStoreServicer
+from mesh.channel import open_channel
+from protos.isthmus.v1 import kv_store_pb2 as pb
+from protos.isthmus.v1 import kv_store_pb2_grpc as pb_grpc
+from tests.fakes.kv_store import (
+    DIGEST,
+    SIZE,
+    SharingWorker,
+    StoreProcess,
+    expected_kv,
+    running_store,
+    sharing_worker,
+)
+
+PROMPT = list(range(100, 180))
+"""Five blocks."""
+IDLE = (0, 0, 0, 0)
+
+
+async def until(is_so, timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not is_so():  # noqa: ASYNC110 - threads and peers set no event here
+            await asyncio.sleep(0.002)
+
+
+async def published(worker: SharingWorker, num_prefixes: int = 1) -> None:
+    await until(lambda: sum(worker.publisher.outcomes.values()) >= num_prefixes)
+
+
+async def knows_store(worker: SharingWorker) -> None:
+    await until(lambda: worker.stores.choose(b"x") is not None)
+
+
+async def turn(
+    worker: SharingWorker, prompt: Sequence[int], *, max_tokens: int = 1, request_id: str = "r"
+) -> list[int]:
+    """A request to its end; returns prompt and answer."""
+    sink = await worker.generate(prompt, max_tokens=max_tokens, request_id=request_id)
+    return [*prompt, *sink.tokens(request_id)]
+
+
+def fetch_event(sink) -> PrefixFetchEvent:
+    event = sink.events[0]
+    assert isinstance(event, PrefixFetchEvent), "it comes before all others"
+    return event
+
+
+@pytest.mark.parametrize("plane", [DataPlane.SHM, DataPlane.TCP])
+async def test_next_turn_on_another_worker_computes_only_what_is_new(redis, redis_url, plane):
+    async with running_store(redis, plane=plane) as store:
+        async with sharing_worker(redis_url, plane=plane) as first:
+            conversation = await turn(first, PROMPT, max_tokens=40)
+            await published(first)
+            assert first.publisher.outcomes == {"published": 1}
+        kept = (len(conversation) - 1) // SIZE * SIZE
+        assert kept == 112, "prompt and answer, all but the last token, whose KV nobody computed"
+        async with sharing_worker(redis_url, plane=plane) as second:
+            question = [*conversation, *range(300, 310)]
+            sink = await second.generate(question, max_tokens=1)
+            assert second.thread.stats.num_prefill_tokens == len(question) - kept
+            assert second.cached_kv(question) == expected_kv(question, 128)
+            event = fetch_event(sink)
+            assert (event.decision, event.reason) == ("fetch", "unmeasured")
+            assert (event.num_tokens, event.num_bytes) == (kept, kept * 192)
+            await published(second)
+            await until(lambda: second.num_free_blocks == 64)
+            second.scheduler.check_conservation()
+        assert store.held == IDLE
+        assert store.servicer.num_fetched_blocks == kept // SIZE
+        store.blocks.shelf.check_conservation()
+
+
+async def test_prefill_worker_publishes_when_its_handover_is_over(redis, redis_url):
+    async with running_store(redis) as store, sharing_worker(redis_url) as worker:
+        sink = worker.start(PROMPT, mode=SequenceMode.PREFILL)
+        await sink.wait_for_tokens("r", 1)
+        assert worker.publisher.outcomes == {}
+        await worker.engine.release("r")
+        await published(worker)
+        assert store.blocks.num_leading(block_hashes(PROMPT, SIZE)) == 5
+
+
+async def test_what_the_store_has_is_not_sent_again(redis, redis_url):
+    async with running_store(redis) as store, sharing_worker(redis_url) as worker:
+        await turn(worker, PROMPT, request_id="a")
+        await turn(worker, PROMPT, request_id="b")
+        await turn(worker, [*PROMPT, *range(500, 520)], request_id="c")
+        await published(worker, 3)
+        assert worker.publisher.outcomes == {"published": 2, "known": 1}
+        assert worker.publisher.num_tokens == 96
+        assert store.blocks.shelf.num_accepted == 6
+        assert store.held == IDLE
+
+
+async def test_two_workers_bring_one_prefix_once(redis, redis_url):
+    async with (
+        running_store(redis) as store,
+        sharing_worker(redis_url) as first,
+        sharing_worker(redis_url) as second,
+    ):
+        await asyncio.gather(turn(first, PROMPT), turn(second, PROMPT))
+        await published(first)
+        await published(second)
+        assert store.blocks.shelf.num_accepted == 5
+        assert first.publisher.num_tokens + second.publisher.num_tokens == 80
+        assert store.held == IDLE
+
+
+async def test_worker_that_ends_publishes_what_waits(redis, redis_url):
+    async with running_store(redis) as store:
+        async with sharing_worker(redis_url) as worker:
+            for index in range(8):
+                await turn(worker, range(index, 64 + index), request_id=str(index))
+        assert store.blocks.shelf.num_accepted == 8 * 4
+        assert store.held == IDLE
+
+
+async def test_slow_store_costs_prefixes_and_no_request(redis, redis_url, monkeypatch):
+    monkeypatch.setattr(publisher_module, "MAX_WAITING", 2)
+    gate = threading.Event()
+    write = LocalLink._write
+
+    def slow(link: LocalLink, *rest) -> int:
+        gate.wait(10)
+        return write(link, *rest)
+
+    monkeypatch.setattr(LocalLink, "_write", slow)
+    async with running_store(redis) as store, sharing_worker(redis_url, num_blocks=200) as worker:
+        for index in range(5):
+            await turn(worker, range(index, 64 + index), request_id=str(index))
+        assert worker.publisher.outcomes["queue_full"] >= 2
+        gate.set()
+        await published(worker, 5)
+        assert worker.publisher.outcomes["published"] >= 2
+        assert store.held == IDLE
+
+
+# The store goes away, or is full.
+
+
+async def test_requests_go_on_when_the_store_dies(redis, redis_url):
+    async with sharing_worker(redis_url) as worker:
+        async with running_store(redis) as store:
+            await knows_store(worker)
+            await turn(worker, PROMPT, request_id="a")
+            await published(worker)
+            known = worker.stores.choose(b"x")
+        assert known is not None
+        assert store.blocks.shelf.num_filed == 5
+        # The registry may be late: as if it still named the store.
+        worker.stores._stores[known.store_id] = type(known)(_record(known.store_id, known.address))
+        sink = await worker.generate(range(600, 700), request_id="b")
+        assert (fetch_event(sink).decision, fetch_event(sink).reason) == (
+            "compute",
+            "peer_unavailable",
+        )
+        assert sink.is_over("b")
+        assert worker.fetcher.decisions["compute", "peer_unavailable"] == 1
+        sink = await worker.generate(range(700, 800), request_id="c")
+        assert not isinstance(sink.events[0], PrefixFetchEvent), "it is not asked for a while"
+
+
+async def test_store_that_does_not_answer_is_waited_for_once(redis, redis_url, monkeypatch):
+    async def hangs(self, request, context):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(KvStoreServicer, "Query", hangs)
+    async with running_store(redis), sharing_worker(redis_url) as worker:
+        await knows_store(worker)
+        sink = await worker.generate(PROMPT, request_id="a")
+        event = fetch_event(sink)
+        assert (event.decision, event.reason) == ("compute", "deadline")
+        assert event.end_ns - event.start_ns < 2e9
+        await worker.generate(range(700, 800), request_id="b")
+        assert sum(worker.fetcher.decisions.values()) == 1
+
+
+async def test_full_store_drops_the_oldest_prefix(redis, redis_url):
+    async with running_store(redis, num_blocks=10) as store, sharing_worker(redis_url) as worker:
+        prompts = [list(range(start, start + 64)) for start in (0, 200, 400)]
+        for index, prompt in enumerate(prompts):
+            await turn(worker, prompt, request_id=str(index))
+            await published(worker, index + 1)
+        held = [store.blocks.num_leading(block_hashes(prompt, SIZE)) for prompt in prompts]
+        assert held == [2, 4, 4], "the tail of the oldest went"
+        assert store.blocks.shelf.num_evicted == 2
+        sink = await worker.generate(range(1, 400), request_id="long")  # 24 blocks
+        await published(worker, 4)
+        assert sink.is_over("long")
+        assert worker.publisher.outcomes["CapacityError"] == 1
+        assert store.held == IDLE
+
+
+async def test_spilled_prefix_comes_back_from_disk(redis, redis_url, tmp_path):
+    prompts = [list(range(start, start + 64)) for start in (0, 200, 400)]
+    async with running_store(redis, num_blocks=4, spill_dir=tmp_path) as store:
+        async with sharing_worker(redis_url) as first:
+            for index, prompt in enumerate(prompts):
+                await turn(first, prompt, request_id=str(index))
+                await published(first, index + 1)
+        assert [store.blocks.num_leading(block_hashes(p, SIZE)) for p in prompts] == [4, 4, 4]
+        async with sharing_worker(redis_url) as second:
+            await knows_store(second)
+            await second.generate([*prompts[0], 7], request_id="again")
+            assert second.thread.stats.num_prefill_tokens == 1
+            assert second.cached_kv(prompts[0]) == expected_kv(prompts[0], 64)
+        assert store.held == IDLE
+    async with running_store(redis, num_blocks=4, spill_dir=tmp_path) as store:
+        assert store.blocks.num_leading(block_hashes(prompts[1], SIZE)) == 4, "also after a restart"
+
+
+async def test_damaged_file_shortens_the_prefix(redis, redis_url, tmp_path):
+    hashes = block_hashes(PROMPT, SIZE)
+    async with running_store(redis, num_blocks=5, spill_dir=tmp_path) as store:
+        async with sharing_worker(redis_url) as first:
+            await turn(first, PROMPT, request_id="a")
+            await turn(first, range(500, 580), request_id="b")
+            await published(first, 2)
+        path = tmp_path / f"{hashes[2].hex()}.kv"
+        await until(path.exists)
+        data = bytearray(path.read_bytes())
+        data[40] ^= 1
+        path.write_bytes(data)
+        async with sharing_worker(redis_url) as second:
+            await knows_store(second)
+            sink = await second.generate([*PROMPT, 7], request_id="again")
+            assert fetch_event(sink).num_tokens == 2 * SIZE
+            assert second.thread.stats.num_prefill_tokens == 81 - 2 * SIZE
+            assert second.cached_kv(PROMPT) == expected_kv(PROMPT, 80)
+        assert store.blocks.spill is not None
+        assert store.blocks.spill.dropped == {"damaged": 1}
+        assert store.held == IDLE
+
+
+# Aborts.
+
+
+async def stored(store: StoreProcess, redis_url: str, prompt: Sequence[int] = PROMPT) -> None:
+    async with sharing_worker(redis_url) as worker:
+        await turn(worker, prompt)
+        await published(worker)
+
+
+@pytest.mark.parametrize("plane", [DataPlane.SHM, DataPlane.TCP])
+async def test_abort_in_the_middle_of_a_fetch_frees_both_sides(
+    redis, redis_url, monkeypatch, plane
+):
+    async with running_store(redis, plane=plane) as store:
+        await stored(store, redis_url)
+        entered, gate = threading.Event(), threading.Event()
+        write = LocalLink._write
+
+        def held_back(link: LocalLink, *rest) -> int:
+            entered.set()
+            gate.wait(10)
+            return write(link, *rest)
+
+        monkeypatch.setattr(LocalLink, "_write", held_back)
+        async with sharing_worker(redis_url, plane=plane) as worker:
+            await knows_store(worker)
+            sink = worker.start([*PROMPT, 7])
+            await asyncio.to_thread(entered.wait)
+            assert store.blocks.shelf.num_pinned == 5
+            assert worker.num_free_blocks == 64 - 5
+            aborting = asyncio.create_task(worker.engine.abort("r"))
+            await asyncio.sleep(0)
+            gate.set()
+            await aborting
+            assert worker.num_free_blocks == 64
+            assert worker.fetcher.num_open == 0
+            await until(lambda: store.held == IDLE, timeout_s=2)
+            assert sink.events == []
+            assert worker.thread.num_cached_blocks(block_hashes(PROMPT, SIZE)) == 0, (
+                "half a prefix is none"
+            )
+            sink = await worker.generate([*PROMPT, 7])  # the id is free again
+            assert worker.cached_kv(PROMPT) == expected_kv(PROMPT, 80)
+
+
+async def test_worker_that_dies_in_the_middle_of_a_fetch_leaves_no_pins(
+    redis, redis_url, monkeypatch
+):
+    async with running_store(redis) as store:
+        await stored(store, redis_url)
+        entered, gate = threading.Event(), threading.Event()
+        write = LocalLink._write
+
+        def held_back(link: LocalLink, *rest) -> int:
+            entered.set()
+            gate.wait(10)
+            return write(link, *rest)
+
+        monkeypatch.setattr(LocalLink, "_write", held_back)
+        async with sharing_worker(redis_url) as worker:
+            await knows_store(worker)
+            worker.start([*PROMPT, 7])
+            await asyncio.to_thread(entered.wait)
+            asyncio.get_running_loop().call_later(0.05, gate.set)
+        await until(lambda: store.held == IDLE, timeout_s=5)
+        store.blocks.shelf.check_conservation()
+
+
+async def test_random_aborts_leave_nothing_behind(redis, redis_url):
+    async with running_store(redis) as store:
+        await stored(store, redis_url)
+        async with sharing_worker(redis_url) as worker:
+            await knows_store(worker)
+            free = worker.num_free_blocks
+            for index in range(40):
+                # Distinct continuations of one prefix that must be fetched, cut at any point.
+                worker.start([*PROMPT, index, 7], max_tokens=20, request_id=str(index))
+                await asyncio.sleep(index * 0.0004)
+                await worker.engine.abort(str(index))
+                assert not worker.scheduler.is_known(f"{index}/prefix")
+            await published(worker)
+            await until(lambda: worker.publisher.num_waiting == 0)
+            await until(lambda: worker.num_free_blocks == free)
+            await until(lambda: store.held == IDLE, timeout_s=2)
+            worker.scheduler.check_conservation()
+
+
+# What is asked of the store is checked.
+
+
+async def answer_of(store: StoreProcess, method: str, request) -> aio.AioRpcError:
+    async with open_channel(store.address) as channel:
+        stub = pb_grpc.KvStoreServiceStub(channel)
+        with pytest.raises(aio.AioRpcError) as caught:
+            await getattr(stub, method)(request, timeout=5)
+    return caught.value
+
+
+async def test_bad_questions_are_refused(redis, redis_url):
+    async with running_store(redis) as store:
+        error = await answer_of(store, "Query", pb.QueryRequest(model_digest="other"))
+        assert error.code() is StatusCode.FAILED_PRECONDITION
+        assert error.details() == f"the store holds KV of model {DIGEST}, not of other"
+        error = await answer_of(
+            store, "Query", pb.QueryRequest(model_digest=DIGEST, block_hashes=[b"short"])
+        )
+        assert error.code() is StatusCode.INVALID_ARGUMENT
+        far = pb.FetchRequest(model_digest=DIGEST, first_block=1 << 30)
+        error = await answer_of(store, "Fetch", far)
+        assert error.code() is StatusCode.INVALID_ARGUMENT
+
+
+async def test_fetch_for_nobody_is_refused_and_pins_nothing(redis, redis_url):
+    async with running_store(redis) as store, sharing_worker(redis_url) as worker:
+        await turn(worker, PROMPT)
+        await published(worker)
+        request = pb.FetchRequest(
+            fetch_id="unasked",
+            worker_id="somebody",
+            address=worker.fetcher.address,
+            model_digest=DIGEST,
+            block_hashes=block_hashes(PROMPT, SIZE),
+        )
+        free = worker.num_free_blocks
+        error = await answer_of(store, "Fetch", request)
+        assert error.code() is not StatusCode.OK
+        await until(lambda: store.held == IDLE and worker.num_free_blocks == free, timeout_s=5)
+
+
+def _record(store_id: str, address: str):
+    from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_STORE, WorkerRecord
+
+    return WorkerRecord(
+        worker_id=store_id, role=WORKER_ROLE_STORE, address=address, model_digest=DIGEST
+    )
