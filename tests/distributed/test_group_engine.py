@@ -119,7 +119,7 @@ def test_replicas_of_hot_experts_change_no_token(
     path.write_bytes(msgspec.json.encode(counted))
     leader, *_ = run_ranks(layout, answers_of_group, str(mixture), settings)
     assert leader["tokens"] == expected
-    assert leader["experts"] == [[0, 1, 3, 4]] * 3
+    assert leader["experts"] == [[0, 1, 3, 4]] * 4
     experts = read_config(mixture).form.experts
     assert experts is not None
     kept = read_counts(path, model_digest=model_digest(mixture), experts=experts)
