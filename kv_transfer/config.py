@@ -8,9 +8,11 @@ class DataPlane(StrEnum):
     """Which way the bytes take."""
 
     AUTO = "auto"
-    """shm where both ends can, else tcp."""
+    """shm where both ends can, else nixl, else tcp."""
     SHM = "shm"
     TCP = "tcp"
+    NIXL = "nixl"
+    """Not part of auto on hosts without an RDMA card, where tcp is faster."""
 
 
 class Checksums(StrEnum):
@@ -19,7 +21,7 @@ class Checksums(StrEnum):
     NETWORK = "network"
     """tcp: an xxh3 checksum with every frame."""
     ALWAYS = "always"
-    """shm too: each slice is compared with its source once it is written."""
+    """nixl: the same; shm: each slice is compared with its source once it is written."""
     NEVER = "never"
 
 
@@ -39,8 +41,9 @@ class TransferConfig:
     data_timeout_s: float = 5.0
     """tcp: a peer that moves no byte for this long in the middle of a push is given up."""
     data_address: str = "127.0.0.1:0"
-    """tcp: host:port that the receiver listens on. With a wildcard host, senders connect to the
-    host under which they know the worker's gRPC server."""
+    """tcp, nixl: host:port that the receiver listens on; nixl takes the next port where both are
+    offered. With a wildcard host, senders connect to the host under which they know the worker's
+    gRPC server."""
     max_data_connections: int = 256
     """tcp: more are refused; each sending worker holds one or a few."""
     max_connections_per_peer: int = 4
@@ -72,6 +75,8 @@ class TransferConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         address_from(self.data_address)
+        if self.is_secured and self.data_plane is DataPlane.NIXL:
+            raise ValueError(f"data_plane nixl does not speak TLS, got tls_cert {self.tls_cert!r}")
         if len({bool(path) for path in (self.tls_cert, self.tls_key, self.tls_ca)}) > 1:
             raise ValueError(
                 "tls_cert, tls_key and tls_ca belong together, got"
@@ -82,6 +87,11 @@ class TransferConfig:
     def is_secured(self) -> bool:
         """The tcp data port speaks TLS."""
         return bool(self.tls_cert)
+
+
+def join_address(host: str, port: int) -> str:
+    """host:port, as `address_from` takes it apart."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def address_from(text: str) -> tuple[str, int]:

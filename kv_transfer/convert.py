@@ -2,10 +2,10 @@
 
 from engine.errors import InvalidRequestError
 from engine.kv_cache.layout import KvLayout
-from kv_transfer.config import address_from
+from kv_transfer.config import address_from, join_address
 from kv_transfer.group_layout import GroupLayout, RankBox
 from kv_transfer.lease import Lease
-from kv_transfer.offer import Offer, RankOffer, ShmOffer, TcpOffer
+from kv_transfer.offer import NixlOffer, Offer, RankOffer, ShmOffer, TcpOffer
 from protos.isthmus.v1 import kv_rank_pb2 as rank_pb
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
 
@@ -71,6 +71,7 @@ def rank_to_pb(box: RankBox, offer: RankOffer) -> pb.KvRank:
         data_shard=box.data_shard,
         shm=shm_to_pb(offer),
         tcp=tcp_to_pb(offer),
+        nixl=nixl_to_pb(offer),
     )
 
 
@@ -82,6 +83,7 @@ def rank_offer_from(
     return RankOffer(
         shm=ShmOffer(shm.path, shm.num_bytes, shm.nonce) if message.HasField("shm") else None,
         tcp=_tcp_from(tcp) if message.HasField("tcp") else None,
+        nixl=_nixl_from(message.nixl) if message.HasField("nixl") else None,
     )
 
 
@@ -108,13 +110,26 @@ def shm_to_pb(offer: RankOffer) -> pb.ShmOffer | None:
 def tcp_to_pb(offer: RankOffer) -> pb.TcpOffer | None:
     if offer.tcp is None:
         return None
-    host = f"[{offer.tcp.host}]" if ":" in offer.tcp.host else offer.tcp.host
-    return pb.TcpOffer(address=f"{host}:{offer.tcp.port}", is_secured=offer.tcp.is_secured)
+    address = join_address(offer.tcp.host, offer.tcp.port)
+    return pb.TcpOffer(address=address, is_secured=offer.tcp.is_secured)
+
+
+def nixl_to_pb(offer: RankOffer) -> pb.NixlOffer | None:
+    if offer.nixl is None:
+        return None
+    return pb.NixlOffer(address=join_address(offer.nixl.host, offer.nixl.port))
 
 
 def _tcp_from(message: pb.TcpOffer) -> TcpOffer:
     try:
         return TcpOffer(*address_from(message.address), is_secured=message.is_secured)
+    except ValueError as error:
+        raise InvalidRequestError(f"data address: {error}") from error
+
+
+def _nixl_from(message: pb.NixlOffer) -> NixlOffer:
+    try:
+        return NixlOffer(*address_from(message.address))
     except ValueError as error:
         raise InvalidRequestError(f"data address: {error}") from error
 

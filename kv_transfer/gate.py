@@ -12,7 +12,12 @@ from kv_transfer.frame import MAX_BLOCKS, FrameError, FrameHeader
 from kv_transfer.plane import WriteWindow
 
 FRAME_BYTES = 1 << 20
-"""Most payload of a frame, where one block is not larger."""
+"""Most payload of a frame on a socket, where one block is not larger."""
+
+
+def blocks_of_frame(bytes_of_block: int, frame_bytes: int) -> int:
+    """The most that one frame has."""
+    return max(1, min(MAX_BLOCKS, frame_bytes // bytes_of_block))
 
 
 class Cuttable(Protocol):
@@ -44,9 +49,10 @@ class _OpenLease:
 class Gate:
     """Leases and their writers; the loop and the receiving threads share it."""
 
-    def __init__(self, epoch: int, layout: KvLayout) -> None:
+    def __init__(self, epoch: int, layout: KvLayout, *, frame_bytes: int = FRAME_BYTES) -> None:
         self._epoch = epoch
         self._layout = layout
+        self._frame_bytes = frame_bytes
         self._lock = threading.Lock()
         self._has_left = threading.Condition(self._lock)
         self._open: dict[int, _OpenLease] = {}
@@ -82,7 +88,7 @@ class Gate:
         if not box.is_inside(layout):
             raise FrameError("bad_box")
         bytes_of_block = header.num_slots * box.num_cells * layout.bytes_per_cell
-        if not 1 <= header.num_blocks <= max(1, min(MAX_BLOCKS, FRAME_BYTES // bytes_of_block)):
+        if not 1 <= header.num_blocks <= blocks_of_frame(bytes_of_block, self._frame_bytes):
             raise FrameError("bad_length")
         if header.num_bytes != header.num_blocks * bytes_of_block:
             raise FrameError("bad_length")

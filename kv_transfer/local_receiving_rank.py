@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from kv_transfer.config import DataPlane, TransferConfig
+from kv_transfer import nixl_agent
+from kv_transfer.config import DataPlane, TransferConfig, address_from, join_address
 from kv_transfer.memory import KvMemory
+from kv_transfer.nixl_intake import NixlIntake
 from kv_transfer.offer import RankOffer
 from kv_transfer.plane import KvIntake, WriteWindow
 from kv_transfer.shm import ShmIntake
@@ -26,24 +29,33 @@ class LocalReceivingRank:
         self._other_planes = other_planes
         self.shm: ShmIntake | None = None
         self.tcp: TcpIntake | None = None
+        self.nixl: NixlIntake | None = None
 
     @property
     def dropped(self) -> Mapping[str, int]:
-        return {} if self.tcp is None else dict(self.tcp.dropped)
+        dropped: Counter[str] = Counter()
+        for plane in (self.tcp, self.nixl):
+            if plane is not None:
+                dropped.update(plane.dropped)
+        return dropped
 
     async def start(self, epoch: int) -> RankOffer:
         wanted = self._config.data_plane
         with contextlib.ExitStack() as undo:
             undo.callback(self._close)
-            if wanted is not DataPlane.TCP and self._memory.shared_fd is not None:
+            if wanted in (DataPlane.AUTO, DataPlane.SHM) and self._memory.shared_fd is not None:
                 self.shm = ShmIntake(self._memory)
-            if wanted is not DataPlane.SHM:
+            if wanted in (DataPlane.AUTO, DataPlane.TCP):
                 self.tcp = TcpIntake(self._memory, epoch=epoch, config=self._config)
+            if wanted is DataPlane.NIXL or (wanted is DataPlane.AUTO and self._may_use_nixl()):
+                self.nixl = await asyncio.to_thread(self._open_nixl, epoch)
             if not self._planes:
                 raise ValueError("data_plane is shm but the KV pool is not in shared memory")
             undo.pop_all()
         return RankOffer(
-            shm=self.shm.offer if self.shm else None, tcp=self.tcp.offer if self.tcp else None
+            shm=self.shm.offer if self.shm else None,
+            tcp=self.tcp.offer if self.tcp else None,
+            nixl=self.nixl.offer if self.nixl else None,
         )
 
     async def open(self, window: WriteWindow) -> None:
@@ -68,9 +80,22 @@ class LocalReceivingRank:
 
     @property
     def _planes(self) -> list[KvIntake]:
-        return [plane for plane in (self.shm, self.tcp, *self._other_planes) if plane is not None]
+        planes = (self.shm, self.tcp, self.nixl, *self._other_planes)
+        return [plane for plane in planes if plane is not None]
+
+    def _may_use_nixl(self) -> bool:
+        has_all = nixl_agent.is_installed() and nixl_agent.has_rdma()
+        return has_all and self._memory.host_bytes is not None and not self._config.is_secured
+
+    def _open_nixl(self, epoch: int) -> NixlIntake:
+        host, port = address_from(self._config.data_address)
+        if port and self.tcp is not None:
+            port += 1
+        return NixlIntake(
+            self._memory, epoch=epoch, config=self._config, address=join_address(host, port)
+        )
 
     def _close(self) -> None:
         for plane in self._planes:
             plane.close()
-        self.shm = self.tcp = None
+        self.shm = self.tcp = self.nixl = None

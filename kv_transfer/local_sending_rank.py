@@ -11,12 +11,13 @@ from engine.errors import LayoutMismatchError, PeerUnavailableError
 from kv_transfer.blocks import HostBlocks, host_blocks, source_from
 from kv_transfer.config import Checksums, DataPlane, TransferConfig, address_from
 from kv_transfer.memory import KvMemory
-from kv_transfer.offer import TcpOffer
+from kv_transfer.nixl_writer import NixlWriter
+from kv_transfer.offer import NixlOffer, ShmOffer, TcpOffer
 from kv_transfer.plane import KvWriter, WritePermit
 from kv_transfer.sending_rank import RankLink, Target
 from kv_transfer.shm import ShmWriter
 from kv_transfer.slot_ranges import SlotRange
-from kv_transfer.tcp_writer import TcpWriter
+from kv_transfer.tcp_writer import tcp_writer
 from kv_transfer.tls import client_context
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ class WriterChoice:
     fallback_reason: str | None
 
 
+OpenWriter = Callable[[Target, TransferConfig, HostBlocks | None], WriterChoice]
+
+
 class LocalSendingRank:
     """Reads from `memory`."""
 
@@ -40,7 +44,7 @@ class LocalSendingRank:
         memory: KvMemory,
         config: TransferConfig,
         *,
-        open_writer: Callable[[Target, TransferConfig], WriterChoice] | None = None,
+        open_writer: OpenWriter | None = None,
     ) -> None:
         """Nothing is opened before the first link.
 
@@ -67,7 +71,9 @@ class LocalSendingRank:
     def _open_writers(self, targets: Sequence[Target]) -> list[WriterChoice]:
         choices: list[WriterChoice] = []
         try:
-            choices.extend(self._open_writer(target, self._config) for target in targets)
+            choices.extend(
+                self._open_writer(target, self._config, self._host) for target in targets
+            )
         except BaseException:
             for choice in choices:
                 choice.writer.close()
@@ -123,55 +129,77 @@ class LocalLink:
             writer.close()
 
 
-def choose_writer(target: Target, config: TransferConfig) -> WriterChoice:
+def choose_writer(target: Target, config: TransferConfig, host: HostBlocks | None) -> WriterChoice:
     """Open the fastest data plane that both ends have. Blocks for a moment: maps memory.
 
     Raises:
         PeerUnavailableError: the data plane that the settings ask for does not work.
         LayoutMismatchError: the settings of both ends leave none.
     """
-    reason = None
-    offer = target.offer
-    if config.data_plane is not DataPlane.TCP and offer.shm is not None:
+    wanted, offer = config.data_plane, target.offer
+    openers: list[tuple[DataPlane, str, Callable[[], KvWriter]]] = []
+    if (shm := offer.shm) is not None:
+        openers.append((DataPlane.SHM, "not_mappable", lambda: _shm_writer(shm, target, config)))
+    if (nixl := offer.nixl) is not None and not config.is_secured:
+        openers.append(
+            (DataPlane.NIXL, "no_nixl", lambda: _nixl_writer(nixl, target, config, host))
+        )
+    if (tcp := offer.tcp) is not None:
+        openers.append((DataPlane.TCP, "no_tcp", lambda: _tcp_writer(tcp, target, config)))
+    openers = [opener for opener in openers if wanted in (DataPlane.AUTO, opener[0])]
+    fallback_reason = None
+    for index, (plane, reason, open_writer) in enumerate(openers):
         try:
-            writer = ShmWriter(
-                offer.shm,
-                target.layout,
-                target.num_blocks,
-                slice_bytes=config.slice_bytes,
-                is_checked=config.checksums is Checksums.ALWAYS,
-            )
+            return WriterChoice(open_writer(), fallback_reason)
         except PeerUnavailableError as error:
-            if config.data_plane is DataPlane.SHM or offer.tcp is None:
+            if index == len(openers) - 1:
                 raise
-            reason = "not_mappable"
-            logger.info("no shared memory with %s: %s", target.name, error)
-        else:
-            return WriterChoice(writer, None)
-    if config.data_plane is not DataPlane.SHM and offer.tcp is not None:
-        return WriterChoice(_tcp_writer(offer.tcp, target, config), reason)
+            fallback_reason = reason
+            logger.info("no %s with %s: %s", plane, target.name, error)
+    offered = {"shm": offer.shm, "tcp": offer.tcp, "nixl": offer.nixl}
     raise LayoutMismatchError(
-        f"data_plane is {config.data_plane} here but {target.name} offers"
-        f" shm: {'yes' if offer.shm else 'no'}, tcp: {'yes' if offer.tcp else 'no'}"
+        f"data_plane is {wanted} here but {target.name} offers "
+        + ", ".join(f"{name}: {'yes' if offered[name] else 'no'}" for name in offered)
     )
 
 
-def _tcp_writer(offer: TcpOffer, target: Target, config: TransferConfig) -> TcpWriter:
+def _shm_writer(offer: ShmOffer, target: Target, config: TransferConfig) -> KvWriter:
+    return ShmWriter(
+        offer,
+        target.layout,
+        target.num_blocks,
+        slice_bytes=config.slice_bytes,
+        is_checked=config.checksums is Checksums.ALWAYS,
+    )
+
+
+def _nixl_writer(
+    offer: NixlOffer, target: Target, config: TransferConfig, host: HostBlocks | None
+) -> KvWriter:
+    if host is None:
+        raise PeerUnavailableError("the KV pool here is not host memory, which nixl needs")
+    return NixlWriter(
+        (_reachable(offer.host, target), offer.port),
+        host,
+        target.layout,
+        timeout_s=config.data_timeout_s,
+        has_checksums=config.checksums is Checksums.ALWAYS,
+    )
+
+
+def _tcp_writer(offer: TcpOffer, target: Target, config: TransferConfig) -> KvWriter:
     if offer.is_secured != config.is_secured:
         ends = (target.name, "this end") if offer.is_secured else ("this end", target.name)
         raise LayoutMismatchError(
             f"{ends[0]} speaks TLS on data connections but {ends[1]} does not: set tls_cert,"
             " tls_key and tls_ca at both ends"
         )
-    host = offer.host
-    if host in _WILDCARD_HOSTS:
-        host = address_from(target.peer_address)[0]
     try:
         tls = client_context(config)
     except OSError as error:
         raise LayoutMismatchError(f"TLS of data connections: {error}") from error
-    return TcpWriter(
-        (host, offer.port),
+    return tcp_writer(
+        (_reachable(offer.host, target), offer.port),
         timeout_s=config.data_timeout_s,
         has_checksums=config.checksums is not Checksums.NEVER,
         num_connections=min(
@@ -179,3 +207,8 @@ def _tcp_writer(offer: TcpOffer, target: Target, config: TransferConfig) -> TcpW
         ),
         tls=tls,
     )
+
+
+def _reachable(host: str, target: Target) -> str:
+    """The receiver's host, also where it listens on all addresses."""
+    return address_from(target.peer_address)[0] if host in _WILDCARD_HOSTS else host

@@ -29,11 +29,20 @@ class TcpOffer:
 
 
 @dataclass(frozen=True, slots=True)
+class NixlOffer:
+    """Where the receiver is told what to read; a wildcard host as in `TcpOffer`."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class RankOffer:
     """The data planes of one receiving rank; None where it has none."""
 
     shm: ShmOffer | None
     tcp: TcpOffer | None
+    nixl: NixlOffer | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,17 +13,8 @@ from kv_transfer.blocks import host_blocks
 from kv_transfer.config import TransferConfig
 from kv_transfer.copying import Bytes, Offsets
 from kv_transfer.data_listener import Connection, DataListener
-from kv_transfer.frame import (
-    BLOCK_ID,
-    HEADER_BYTES,
-    FrameError,
-    FrameFlag,
-    FrameHeader,
-    PushAnswer,
-    PushStatus,
-    header_from,
-    ids_from,
-)
+from kv_transfer.frame import FrameFlag, FrameHeader, PushStatus
+from kv_transfer.frame_reader import FrameReader, receive_all
 from kv_transfer.gate import FRAME_BYTES, Gate
 from kv_transfer.memory import KvMemory
 from kv_transfer.offer import TcpOffer
@@ -46,7 +37,7 @@ class TcpIntake:
         self._listener = DataListener(
             config.data_address,
             max_connections=config.max_data_connections,
-            serve=lambda connection: _Receiving(self, connection).run(),
+            serve=self._serve,
         )
         self.offer = TcpOffer(
             self._listener.host, self._listener.port, is_secured=self.tls is not None
@@ -72,60 +63,24 @@ class TcpIntake:
     def close(self) -> None:
         self._listener.close()
 
+    def _serve(self, connection: Connection) -> None:
+        if self.tls is not None:
+            # Known to the connection before its handshake, so that it can be cut in the middle.
+            connection.socket = sock = stream.secured(connection.socket, self.tls, is_server=True)
+            stream.shake_hands(sock, timeout_s=self.timeout_s)
+        body = _SocketBody(self, connection)
+        FrameReader(connection, self.gate, body, timeout_s=self.timeout_s).run()
 
-class _Receiving:
-    """The frames of one connection, in its thread."""
+
+class _SocketBody:
+    """The payload follows on the connection."""
 
     def __init__(self, intake: TcpIntake, connection: Connection) -> None:
         self._intake = intake
         self._connection = connection
-        self._header = bytearray(HEADER_BYTES)
         self._staging: Bytes | None = None
 
-    def run(self) -> None:
-        intake, connection = self._intake, self._connection
-        if intake.tls is not None:
-            # Known to the connection before its handshake, so that it can be cut in the middle.
-            connection.socket = sock = stream.secured(connection.socket, intake.tls, is_server=True)
-            stream.shake_hands(sock, timeout_s=intake.timeout_s)
-        status = PushStatus.WRITTEN
-        # A stranger must show a valid frame soon; a sender may then be idle as long as it likes.
-        timeout_s: float | None = intake.timeout_s
-        while stream.receive(connection.socket, memoryview(self._header), timeout_s=timeout_s):
-            header = header_from(self._header)
-            try:
-                status = max(status, self._receive_frame(header))
-            except FrameError as error:
-                is_lost = str(error) in ("unknown_lease", "stale_epoch")
-                self._answer(header, PushStatus.LEASE_LOST if is_lost else PushStatus.REFUSED)
-                raise
-            timeout_s = intake.timeout_s
-            if FrameFlag.LAST in header.flags:
-                self._answer(header, status)
-                status, timeout_s = PushStatus.WRITTEN, None
-
-    def _answer(self, header: FrameHeader, status: PushStatus) -> None:
-        answer = PushAnswer(status, header.push, header.lease_id)
-        self._connection.socket.sendall(answer.to_bytes())
-
-    def _receive_frame(self, header: FrameHeader) -> PushStatus:
-        gate = self._intake.gate
-        gate.check_shape(header)
-        block_ids = self._receive_ids(header)
-        if not gate.enter(header, block_ids, self._connection):
-            self._receive([self._scratch()[: header.num_bytes].data])
-            return PushStatus.LEASE_LOST
-        try:
-            return self._receive_slots(header, block_ids)
-        finally:
-            gate.leave(header, self._connection)
-
-    def _receive_ids(self, header: FrameHeader) -> Offsets:
-        data = bytearray(header.num_blocks * BLOCK_ID.itemsize)
-        self._receive([memoryview(data)])
-        return ids_from(header, data)
-
-    def _receive_slots(self, header: FrameHeader, block_ids: Offsets) -> PushStatus:
+    def take(self, header: FrameHeader, block_ids: Offsets) -> PushStatus:
         blocks = self._intake.blocks
         if blocks is None:
             return self._receive_for_device(header, block_ids)
@@ -136,6 +91,10 @@ class _Receiving:
         if status is PushStatus.WRITTEN:
             payload.scatter()
         return status
+
+    def skip(self, header: FrameHeader) -> None:
+        data = self._scratch()[: header.num_bytes].data
+        receive_all(self._connection, data, timeout_s=self._intake.timeout_s)
 
     def _receive_for_device(self, header: FrameHeader, block_ids: Offsets) -> PushStatus:
         data = self._scratch()[: header.num_bytes].data
@@ -155,15 +114,10 @@ class _Receiving:
         return PushStatus.WRITTEN
 
     def _receive_checked(self, header: FrameHeader, views: list[memoryview]) -> PushStatus:
-        self._receive(views)
+        receive_all(self._connection, *views, timeout_s=self._intake.timeout_s)
         if FrameFlag.CHECKSUM in header.flags and digest(views) != header.checksum:
             return PushStatus.CORRUPT
         return PushStatus.WRITTEN
-
-    def _receive(self, views: list[memoryview]) -> None:
-        timeout_s = self._intake.timeout_s
-        if not stream.receive(self._connection.socket, *views, timeout_s=timeout_s):
-            raise ConnectionResetError("closed before the payload")
 
     def _scratch(self) -> Bytes:
         if self._staging is None:

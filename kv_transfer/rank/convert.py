@@ -22,6 +22,7 @@ def target_to_pb(target: Target) -> pb.KvTarget:
         num_blocks=target.num_blocks,
         shm=convert.shm_to_pb(target.offer),
         tcp=convert.tcp_to_pb(target.offer),
+        nixl=convert.nixl_to_pb(target.offer),
         peer_address=target.peer_address,
         boxes=(
             pb.BoxPair(

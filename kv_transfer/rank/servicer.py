@@ -60,7 +60,9 @@ class KvRankServicer(pb_grpc.KvRankServiceServicer):
             except (OSError, ValueError) as error:
                 raise InvalidRequestError(f"no data plane: {error}") from error
             response = pb.StartReceivingResponse(
-                shm=convert.shm_to_pb(offer), tcp=convert.tcp_to_pb(offer)
+                shm=convert.shm_to_pb(offer),
+                tcp=convert.tcp_to_pb(offer),
+                nixl=convert.nixl_to_pb(offer),
             )
             self._started = request.epoch, response
         epoch, response = self._started

@@ -4,26 +4,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import pytest
+
+from kv_transfer.blocks import HostBlocks
 from kv_transfer.config import Checksums, DataPlane, TransferConfig
 from kv_transfer.local_receiving_rank import LocalReceivingRank
 from kv_transfer.local_sending_rank import LocalSendingRank, WriterChoice, choose_writer
 from kv_transfer.loopback import LoopbackIntake, LoopbackWriter
 from kv_transfer.memory import KvMemory
+from kv_transfer.nixl_agent import is_installed
 from kv_transfer.sending_rank import Target
-from kv_transfer.tcp_writer import TcpWriter
+from kv_transfer.tcp_writer import tcp_writer
 from tests.fakes.kv_memory import DeviceMemory, HostMemory
 from tests.fakes.tls import SECURED
 
-PLANES = (
+_NEEDS_NIXL = pytest.mark.skipif(not is_installed(), reason="NIXL is not installed")
+_NAMES = (
     "shm",
     "shm-checked",
     "tcp",
     "tcp-secured",
     "tcp-several",
+    "nixl",
+    "nixl-checked",
     "loopback",
     "tcp-from-device",
     "tcp-to-device",
 )
+PLANES = [
+    pytest.param(name, marks=_NEEDS_NIXL if name.startswith("nixl") else ()) for name in _NAMES
+]
 FAST = TransferConfig(lease_s=1.0, reserve_timeout_s=5.0, rpc_timeout_s=2.0, data_timeout_s=1.0)
 
 
@@ -53,7 +63,9 @@ def ends_of(plane: str, local: KvMemory, remote: KvMemory, config: TransferConfi
     if name == "loopback":
         intake = LoopbackIntake(remote)
 
-        def open_loopback(target: Target, config: TransferConfig) -> WriterChoice:
+        def open_loopback(
+            target: Target, config: TransferConfig, host: HostBlocks | None
+        ) -> WriterChoice:
             return WriterChoice(LoopbackWriter(intake, slice_bytes=config.slice_bytes), None)
 
         return Ends(
@@ -76,12 +88,12 @@ def ends_of(plane: str, local: KvMemory, remote: KvMemory, config: TransferConfi
     )
 
 
-def open_several(target: Target, config: TransferConfig) -> WriterChoice:
+def open_several(target: Target, config: TransferConfig, host: HostBlocks | None) -> WriterChoice:
     """Three connections, however few the cores of this machine."""
     offer = target.offer.tcp
     assert offer is not None
     address = (offer.host, offer.port)
-    writer = TcpWriter(
+    writer = tcp_writer(
         address, timeout_s=config.data_timeout_s, has_checksums=True, num_connections=3
     )
     return WriterChoice(writer, None)

@@ -21,10 +21,11 @@ from engine.errors import (
     PeerUnavailableError,
 )
 from engine.parallel.layout import MAX_RANKS
-from kv_transfer import frame, tcp_connection
+from kv_transfer import frame, sending_connection
 from kv_transfer.blocks import host_blocks, source_from
 from kv_transfer.config import TransferConfig
 from kv_transfer.frame import FrameFlag, FrameHeader, PushStatus, answer_from, ids_to_bytes
+from kv_transfer.frame_writer import FrameWriter
 from kv_transfer.local_sending_rank import choose_writer
 from kv_transfer.offer import RankOffer, TcpOffer
 from kv_transfer.plane import WritePermit, WriteStoppedError, WriteWindow
@@ -32,7 +33,7 @@ from kv_transfer.reshard import Box
 from kv_transfer.sending_rank import Target
 from kv_transfer.slot_ranges import SlotRange
 from kv_transfer.tcp_intake import TcpIntake
-from kv_transfer.tcp_writer import TcpWriter
+from kv_transfer.tcp_writer import tcp_writer
 from kv_transfer.tls import client_context
 from tests.fakes.clock import FakeClock
 from tests.fakes.descriptors import open_things
@@ -126,16 +127,16 @@ def is_closed(sock: socket.socket) -> bool:
         return True
 
 
-def a_writer(intake: TcpIntake, *, has_checksums: bool = True) -> TcpWriter:
+def a_writer(intake: TcpIntake, *, has_checksums: bool = True) -> FrameWriter:
     address = (intake.offer.host, intake.offer.port)
-    return TcpWriter(address, timeout_s=1.0, has_checksums=has_checksums)
+    return tcp_writer(address, timeout_s=1.0, has_checksums=has_checksums)
 
 
 def a_permit(lease_id: int = LEASE_ID, epoch: int = EPOCH) -> WritePermit:
     return WritePermit(lease_id, epoch, FakeClock(), 1e9)
 
 
-def written(writer: TcpWriter, local: HostMemory, parts: list[SlotRange], permit=None) -> int:
+def written(writer: FrameWriter, local: HostMemory, parts: list[SlotRange], permit=None) -> int:
     source = source_from(local, host_blocks(local), parts)
     return writer.write(permit or a_permit(), source, parts, WHOLE)
 
@@ -364,7 +365,7 @@ def test_the_writer_names_what_the_receiver_answered() -> None:
 def test_damage_on_the_way_is_named(monkeypatch) -> None:
     with HostMemory() as memory, HostMemory() as local, an_intake(memory) as intake:
         writer = a_writer(intake)
-        monkeypatch.setattr(tcp_connection, "digest", lambda views: 1)
+        monkeypatch.setattr(sending_connection, "digest", lambda views: 1)
         with pytest.raises(KvCorruptionError):
             written(writer, local, [SlotRange(0, 0, 9, 0, 4)])
         writer.close()
@@ -403,7 +404,7 @@ def test_a_receiver_that_is_none_is_unavailable(reply: bytes | None) -> None:
 
         thread = threading.Thread(target=serve)
         thread.start()
-        writer = TcpWriter(listener.getsockname(), timeout_s=0.5, has_checksums=True)
+        writer = tcp_writer(listener.getsockname(), timeout_s=0.5, has_checksums=True)
         with pytest.raises(PeerUnavailableError):
             written(writer, local, [SlotRange(0, 0, 9, 0, 4)])
         writer.close()
@@ -412,7 +413,7 @@ def test_a_receiver_that_is_none_is_unavailable(reply: bytes | None) -> None:
 
 def test_a_write_that_is_stuck_ends_when_it_is_stopped() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, HostMemory() as local:
-        writer = TcpWriter(listener.getsockname(), timeout_s=60, has_checksums=True)
+        writer = tcp_writer(listener.getsockname(), timeout_s=60, has_checksums=True)
         permit = a_permit()
         outcome: list[BaseException] = []
 
@@ -462,8 +463,8 @@ def a_secured_intake(memory: HostMemory) -> Iterator[TcpIntake]:
         intake.close()
 
 
-def a_secured_writer(intake: TcpIntake, **files: str) -> TcpWriter:
-    return TcpWriter(
+def a_secured_writer(intake: TcpIntake, **files: str) -> FrameWriter:
+    return tcp_writer(
         (intake.offer.host, intake.offer.port),
         timeout_s=1.0,
         has_checksums=True,
@@ -480,7 +481,7 @@ def test_what_crosses_with_tls_cannot_be_read_on_the_way() -> None:
         Eavesdropper(intake.offer.port) as wire,
     ):
         assert intake.offer.is_secured
-        writer = TcpWriter(
+        writer = tcp_writer(
             ("127.0.0.1", wire.port),
             timeout_s=5.0,
             has_checksums=True,
@@ -531,7 +532,7 @@ def test_a_push_of_many_frames_takes_several_connections(monkeypatch) -> None:
     ):
         intake.open(WriteWindow(6, (4, 9, 2, 7, 5), 0, 20))
         address = (intake.offer.host, intake.offer.port)
-        writer = TcpWriter(address, timeout_s=1.0, has_checksums=True, num_connections=3)
+        writer = tcp_writer(address, timeout_s=1.0, has_checksums=True, num_connections=3)
         assert written(writer, local, parts, a_permit(6)) == 5 * BLOCK_BYTES
         assert len(intake._listener.connections) == 3
         np.testing.assert_array_equal(memory.rows()[[4, 9, 2, 7, 5]], local.rows()[:5])
@@ -548,7 +549,7 @@ def test_ends_that_disagree_about_tls_are_told_so(is_secured: bool) -> None:
     target = Target("decode-0", offer, TINY_LAYOUT, 16, "127.0.0.1:1", WHOLE)
     speaks, does_not = ("this end", "decode-0") if is_secured else ("decode-0", "this end")
     with pytest.raises(LayoutMismatchError, match=f"{speaks} speaks TLS .* but {does_not} does"):
-        choose_writer(target, secured(**SECURED) if is_secured else TransferConfig())
+        choose_writer(target, secured(**SECURED) if is_secured else TransferConfig(), None)
 
 
 class Eavesdropper:

@@ -14,12 +14,14 @@ class StartReceivingRequest(_message.Message):
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
 class StartReceivingResponse(_message.Message):
-    __slots__ = ("shm", "tcp")
+    __slots__ = ("shm", "tcp", "nixl")
     SHM_FIELD_NUMBER: _ClassVar[int]
     TCP_FIELD_NUMBER: _ClassVar[int]
+    NIXL_FIELD_NUMBER: _ClassVar[int]
     shm: _kv_transfer_pb2.ShmOffer
     tcp: _kv_transfer_pb2.TcpOffer
-    def __init__(self, shm: _Optional[_Union[_kv_transfer_pb2.ShmOffer, _Mapping]] = ..., tcp: _Optional[_Union[_kv_transfer_pb2.TcpOffer, _Mapping]] = ...) -> None: ...
+    nixl: _kv_transfer_pb2.NixlOffer
+    def __init__(self, shm: _Optional[_Union[_kv_transfer_pb2.ShmOffer, _Mapping]] = ..., tcp: _Optional[_Union[_kv_transfer_pb2.TcpOffer, _Mapping]] = ..., nixl: _Optional[_Union[_kv_transfer_pb2.NixlOffer, _Mapping]] = ...) -> None: ...
 
 class OpenWindowRequest(_message.Message):
     __slots__ = ("lease_id", "block_ids", "first_token", "end_token")
@@ -64,12 +66,13 @@ class OpenLinkRequest(_message.Message):
     def __init__(self, targets: _Optional[_Iterable[_Union[KvTarget, _Mapping]]] = ...) -> None: ...
 
 class KvTarget(_message.Message):
-    __slots__ = ("name", "layout", "num_blocks", "shm", "tcp", "peer_address", "boxes")
+    __slots__ = ("name", "layout", "num_blocks", "shm", "tcp", "nixl", "peer_address", "boxes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     SHM_FIELD_NUMBER: _ClassVar[int]
     TCP_FIELD_NUMBER: _ClassVar[int]
+    NIXL_FIELD_NUMBER: _ClassVar[int]
     PEER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     BOXES_FIELD_NUMBER: _ClassVar[int]
     name: str
@@ -77,9 +80,10 @@ class KvTarget(_message.Message):
     num_blocks: int
     shm: _kv_transfer_pb2.ShmOffer
     tcp: _kv_transfer_pb2.TcpOffer
+    nixl: _kv_transfer_pb2.NixlOffer
     peer_address: str
     boxes: _containers.RepeatedCompositeFieldContainer[BoxPair]
-    def __init__(self, name: _Optional[str] = ..., layout: _Optional[_Union[_kv_transfer_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., shm: _Optional[_Union[_kv_transfer_pb2.ShmOffer, _Mapping]] = ..., tcp: _Optional[_Union[_kv_transfer_pb2.TcpOffer, _Mapping]] = ..., peer_address: _Optional[str] = ..., boxes: _Optional[_Iterable[_Union[BoxPair, _Mapping]]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., layout: _Optional[_Union[_kv_transfer_pb2.KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., shm: _Optional[_Union[_kv_transfer_pb2.ShmOffer, _Mapping]] = ..., tcp: _Optional[_Union[_kv_transfer_pb2.TcpOffer, _Mapping]] = ..., nixl: _Optional[_Union[_kv_transfer_pb2.NixlOffer, _Mapping]] = ..., peer_address: _Optional[str] = ..., boxes: _Optional[_Iterable[_Union[BoxPair, _Mapping]]] = ...) -> None: ...
 
 class BoxPair(_message.Message):
     __slots__ = ("source_layer", "target_layer", "num_layers", "source_head", "target_head", "num_heads")

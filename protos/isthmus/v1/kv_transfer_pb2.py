@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/isthmus/v1/kv_transfer.proto\x12\nisthmus.v1\"\x83\x01\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x11\n\tnum_parts\x18\x06 \x01(\r\"{\n\x10HandshakeRequest\x12\x11\n\tsender_id\x18\x01 \x01(\t\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.isthmus.v1.KvLayout\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\"\xa0\x01\n\x11HandshakeResponse\x12\x13\n\x0breceiver_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.isthmus.v1.KvLayout\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12!\n\x05ranks\x18\x07 \x03(\x0b\x32\x12.isthmus.v1.KvRankJ\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07\"\x84\x01\n\x06KvRank\x12\x0e\n\x06layers\x18\x01 \x03(\r\x12\x10\n\x08kv_heads\x18\x02 \x03(\r\x12!\n\x03shm\x18\x03 \x01(\x0b\x32\x14.isthmus.v1.ShmOffer\x12!\n\x03tcp\x18\x04 \x01(\x0b\x32\x14.isthmus.v1.TcpOffer\x12\x12\n\ndata_shard\x18\x05 \x01(\r\":\n\x08ShmOffer\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\r\n\x05nonce\x18\x03 \x01(\x0c\"/\n\x08TcpOffer\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x12\n\nis_secured\x18\x02 \x01(\x08\"o\n\x0eReserveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x04 \x03(\x0c\x12\x10\n\x08lease_ns\x18\x05 \x01(\x04\"c\n\x0fReserveResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x11\n\tblock_ids\x18\x02 \x03(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x10\n\x08lease_ns\x18\x04 \x01(\x04\"B\n\x0cRenewRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tlease_ids\x18\x02 \x03(\x04\x12\x10\n\x08lease_ns\x18\x03 \x01(\x04\"\'\n\rRenewResponse\x12\x16\n\x0elost_lease_ids\x18\x01 \x03(\x04\"[\n\rCommitRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_token_id\x18\x04 \x01(\r\"\x10\n\x0e\x43ommitResponse\"1\n\x0eReleaseRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\"+\n\x0fReleaseResponse\x12\x18\n\x10num_freed_blocks\x18\x01 \x01(\r2\xe4\x02\n\x11KvTransferService\x12H\n\tHandshake\x12\x1c.isthmus.v1.HandshakeRequest\x1a\x1d.isthmus.v1.HandshakeResponse\x12\x42\n\x07Reserve\x12\x1a.isthmus.v1.ReserveRequest\x1a\x1b.isthmus.v1.ReserveResponse\x12<\n\x05Renew\x12\x18.isthmus.v1.RenewRequest\x1a\x19.isthmus.v1.RenewResponse\x12?\n\x06\x43ommit\x12\x19.isthmus.v1.CommitRequest\x1a\x1a.isthmus.v1.CommitResponse\x12\x42\n\x07Release\x12\x1a.isthmus.v1.ReleaseRequest\x1a\x1b.isthmus.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#protos/isthmus/v1/kv_transfer.proto\x12\nisthmus.v1\"\x83\x01\n\x08KvLayout\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x19\n\x11\x62lock_size_tokens\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x11\n\tnum_parts\x18\x06 \x01(\r\"{\n\x10HandshakeRequest\x12\x11\n\tsender_id\x18\x01 \x01(\t\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.isthmus.v1.KvLayout\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\"\xa0\x01\n\x11HandshakeResponse\x12\x13\n\x0breceiver_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.isthmus.v1.KvLayout\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12!\n\x05ranks\x18\x07 \x03(\x0b\x32\x12.isthmus.v1.KvRankJ\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07\"\xa9\x01\n\x06KvRank\x12\x0e\n\x06layers\x18\x01 \x03(\r\x12\x10\n\x08kv_heads\x18\x02 \x03(\r\x12!\n\x03shm\x18\x03 \x01(\x0b\x32\x14.isthmus.v1.ShmOffer\x12!\n\x03tcp\x18\x04 \x01(\x0b\x32\x14.isthmus.v1.TcpOffer\x12#\n\x04nixl\x18\x06 \x01(\x0b\x32\x15.isthmus.v1.NixlOffer\x12\x12\n\ndata_shard\x18\x05 \x01(\r\":\n\x08ShmOffer\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\r\n\x05nonce\x18\x03 \x01(\x0c\"/\n\x08TcpOffer\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x12\n\nis_secured\x18\x02 \x01(\x08\"\x1c\n\tNixlOffer\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"o\n\x0eReserveRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x04 \x03(\x0c\x12\x10\n\x08lease_ns\x18\x05 \x01(\x04\"c\n\x0fReserveResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x11\n\tblock_ids\x18\x02 \x03(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x10\n\x08lease_ns\x18\x04 \x01(\x04\"B\n\x0cRenewRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tlease_ids\x18\x02 \x03(\x04\x12\x10\n\x08lease_ns\x18\x03 \x01(\x04\"\'\n\rRenewResponse\x12\x16\n\x0elost_lease_ids\x18\x01 \x03(\x04\"[\n\rCommitRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x66irst_token_id\x18\x04 \x01(\r\"\x10\n\x0e\x43ommitResponse\"1\n\x0eReleaseRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\"+\n\x0fReleaseResponse\x12\x18\n\x10num_freed_blocks\x18\x01 \x01(\r2\xe4\x02\n\x11KvTransferService\x12H\n\tHandshake\x12\x1c.isthmus.v1.HandshakeRequest\x1a\x1d.isthmus.v1.HandshakeResponse\x12\x42\n\x07Reserve\x12\x1a.isthmus.v1.ReserveRequest\x1a\x1b.isthmus.v1.ReserveResponse\x12<\n\x05Renew\x12\x18.isthmus.v1.RenewRequest\x1a\x19.isthmus.v1.RenewResponse\x12?\n\x06\x43ommit\x12\x19.isthmus.v1.CommitRequest\x1a\x1a.isthmus.v1.CommitResponse\x12\x42\n\x07Release\x12\x1a.isthmus.v1.ReleaseRequest\x1a\x1b.isthmus.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,27 +38,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDSHAKERESPONSE']._serialized_start=311
   _globals['_HANDSHAKERESPONSE']._serialized_end=471
   _globals['_KVRANK']._serialized_start=474
-  _globals['_KVRANK']._serialized_end=606
-  _globals['_SHMOFFER']._serialized_start=608
-  _globals['_SHMOFFER']._serialized_end=666
-  _globals['_TCPOFFER']._serialized_start=668
-  _globals['_TCPOFFER']._serialized_end=715
-  _globals['_RESERVEREQUEST']._serialized_start=717
-  _globals['_RESERVEREQUEST']._serialized_end=828
-  _globals['_RESERVERESPONSE']._serialized_start=830
-  _globals['_RESERVERESPONSE']._serialized_end=929
-  _globals['_RENEWREQUEST']._serialized_start=931
-  _globals['_RENEWREQUEST']._serialized_end=997
-  _globals['_RENEWRESPONSE']._serialized_start=999
-  _globals['_RENEWRESPONSE']._serialized_end=1038
-  _globals['_COMMITREQUEST']._serialized_start=1040
-  _globals['_COMMITREQUEST']._serialized_end=1131
-  _globals['_COMMITRESPONSE']._serialized_start=1133
-  _globals['_COMMITRESPONSE']._serialized_end=1149
-  _globals['_RELEASEREQUEST']._serialized_start=1151
-  _globals['_RELEASEREQUEST']._serialized_end=1200
-  _globals['_RELEASERESPONSE']._serialized_start=1202
-  _globals['_RELEASERESPONSE']._serialized_end=1245
-  _globals['_KVTRANSFERSERVICE']._serialized_start=1248
-  _globals['_KVTRANSFERSERVICE']._serialized_end=1604
+  _globals['_KVRANK']._serialized_end=643
+  _globals['_SHMOFFER']._serialized_start=645
+  _globals['_SHMOFFER']._serialized_end=703
+  _globals['_TCPOFFER']._serialized_start=705
+  _globals['_TCPOFFER']._serialized_end=752
+  _globals['_NIXLOFFER']._serialized_start=754
+  _globals['_NIXLOFFER']._serialized_end=782
+  _globals['_RESERVEREQUEST']._serialized_start=784
+  _globals['_RESERVEREQUEST']._serialized_end=895
+  _globals['_RESERVERESPONSE']._serialized_start=897
+  _globals['_RESERVERESPONSE']._serialized_end=996
+  _globals['_RENEWREQUEST']._serialized_start=998
+  _globals['_RENEWREQUEST']._serialized_end=1064
+  _globals['_RENEWRESPONSE']._serialized_start=1066
+  _globals['_RENEWRESPONSE']._serialized_end=1105
+  _globals['_COMMITREQUEST']._serialized_start=1107
+  _globals['_COMMITREQUEST']._serialized_end=1198
+  _globals['_COMMITRESPONSE']._serialized_start=1200
+  _globals['_COMMITRESPONSE']._serialized_end=1216
+  _globals['_RELEASEREQUEST']._serialized_start=1218
+  _globals['_RELEASEREQUEST']._serialized_end=1267
+  _globals['_RELEASERESPONSE']._serialized_start=1269
+  _globals['_RELEASERESPONSE']._serialized_end=1312
+  _globals['_KVTRANSFERSERVICE']._serialized_start=1315
+  _globals['_KVTRANSFERSERVICE']._serialized_end=1671
 # @@protoc_insertion_point(module_scope)

@@ -49,18 +49,20 @@ class HandshakeResponse(_message.Message):
     def __init__(self, receiver_id: _Optional[str] = ..., epoch: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[KvRank, _Mapping]]] = ...) -> None: ...
 
 class KvRank(_message.Message):
-    __slots__ = ("layers", "kv_heads", "shm", "tcp", "data_shard")
+    __slots__ = ("layers", "kv_heads", "shm", "tcp", "nixl", "data_shard")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     SHM_FIELD_NUMBER: _ClassVar[int]
     TCP_FIELD_NUMBER: _ClassVar[int]
+    NIXL_FIELD_NUMBER: _ClassVar[int]
     DATA_SHARD_FIELD_NUMBER: _ClassVar[int]
     layers: _containers.RepeatedScalarFieldContainer[int]
     kv_heads: _containers.RepeatedScalarFieldContainer[int]
     shm: ShmOffer
     tcp: TcpOffer
+    nixl: NixlOffer
     data_shard: int
-    def __init__(self, layers: _Optional[_Iterable[int]] = ..., kv_heads: _Optional[_Iterable[int]] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., tcp: _Optional[_Union[TcpOffer, _Mapping]] = ..., data_shard: _Optional[int] = ...) -> None: ...
+    def __init__(self, layers: _Optional[_Iterable[int]] = ..., kv_heads: _Optional[_Iterable[int]] = ..., shm: _Optional[_Union[ShmOffer, _Mapping]] = ..., tcp: _Optional[_Union[TcpOffer, _Mapping]] = ..., nixl: _Optional[_Union[NixlOffer, _Mapping]] = ..., data_shard: _Optional[int] = ...) -> None: ...
 
 class ShmOffer(_message.Message):
     __slots__ = ("path", "num_bytes", "nonce")
@@ -79,6 +81,12 @@ class TcpOffer(_message.Message):
     address: str
     is_secured: bool
     def __init__(self, address: _Optional[str] = ..., is_secured: _Optional[bool] = ...) -> None: ...
+
+class NixlOffer(_message.Message):
+    __slots__ = ("address",)
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    def __init__(self, address: _Optional[str] = ...) -> None: ...
 
 class ReserveRequest(_message.Message):
     __slots__ = ("request_id", "epoch", "num_tokens", "block_hashes", "lease_ns")

@@ -1,17 +1,16 @@
-"""One connection of a sending rank to a receiver's data port."""
+"""One connection of a sending rank to a receiver's data port: frames out, an answer back."""
 
 import socket
 import ssl
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-import numpy as np
 import xxhash
 
 from kv_transfer import stream
 from kv_transfer.blocks import BlockSource
-from kv_transfer.copying import Bytes
 from kv_transfer.frame import (
     ANSWER_BYTES,
     FrameError,
@@ -21,8 +20,7 @@ from kv_transfer.frame import (
     answer_from,
     ids_to_bytes,
 )
-from kv_transfer.gate import FRAME_BYTES
-from kv_transfer.payload import Payload, digest
+from kv_transfer.payload import digest
 from kv_transfer.plane import WritePermit
 from kv_transfer.runs import Piece
 
@@ -48,23 +46,47 @@ class Push:
             raise OtherFailedError
 
 
+@dataclass(frozen=True, slots=True)
+class FrameContent:
+    """What a frame says beyond its header and block ids."""
+
+    sent: Sequence[bytes | memoryview]
+    """Behind them on the connection."""
+    checked: Sequence[memoryview]
+    """The payload, for its checksum."""
+
+
+class FrameSource(Protocol):
+    """How the payload of a frame gets to the receiver. One connection's; one thread's."""
+
+    def greeting(self) -> bytes:
+        """Goes first over a new connection; may be empty."""
+
+    def content(self, push: Push, frame: Piece) -> FrameContent:
+        """Valid until the next call."""
+
+    def await_answer(self, sock: socket.socket, push: Push) -> None:
+        """Do what the receiver needs until it has answered; may return at once."""
+
+
 class SendingConnection:
     """Connects with the first write, and with the next one after `close`."""
 
     def __init__(
         self,
         address: tuple[str, int],
+        source: FrameSource,
         *,
         timeout_s: float,
         has_checksums: bool,
         tls: ssl.SSLContext | None,
     ) -> None:
         self._address = address
+        self._source = source
         self._timeout_s = timeout_s
         self._has_checksums = has_checksums
         self._tls = tls
         self._socket: socket.socket | None = None
-        self._scratch: Bytes | None = None
 
     def write(self, push: Push, frames: Sequence[Piece]) -> PushStatus:
         """Send `frames` and wait for the answer.
@@ -72,11 +94,16 @@ class SendingConnection:
         Raises:
             OSError: the connection is of no use any more; so after all that `Push.check` raises.
         """
-        sock = self._socket = self._socket or self._connect()
+        sock = self._socket
+        if sock is None:
+            sock = self._socket = self._connect()
+            if greeting := self._source.greeting():
+                stream.send(sock, greeting, timeout_s=self._timeout_s, check=push.check)
         for index, frame in enumerate(frames):
             push.check()
             self._send(sock, push, frame, is_last=index == len(frames) - 1)
-        return self._await_answer(sock, push)
+        self._source.await_answer(sock, push)
+        return self._receive_answer(sock, push)
 
     def close(self) -> None:
         if self._socket is not None:
@@ -97,28 +124,24 @@ class SendingConnection:
         return secured
 
     def _send(self, sock: socket.socket, push: Push, frame: Piece, *, is_last: bool) -> None:
-        region, pool = frame.source, push.source.blocks.flat
-        runs = region.runs_of(frame.source_blocks, region.grain(FRAME_BYTES), FRAME_BYTES)
-        payload = Payload(pool, *runs, self._buffer(frame.num_bytes))
-        payload.gather()
-        views = payload.views()
+        content = self._source.content(push, frame)
         header = _header(push, frame)
         if is_last:
             header = replace(header, flags=FrameFlag.LAST)
         if self._has_checksums:
             flags = header.flags | FrameFlag.CHECKSUM
-            header = replace(header, flags=flags, checksum=digest(views))
+            header = replace(header, flags=flags, checksum=digest(content.checked))
         ids = ids_to_bytes(frame.target_blocks)
         header = replace(header, ids_checksum=xxhash.xxh3_64_intdigest(ids))
         stream.send(
             sock,
             header.to_bytes() + ids,
-            *views,
+            *content.sent,
             timeout_s=self._timeout_s,
             check=push.check,
         )
 
-    def _await_answer(self, sock: socket.socket, push: Push) -> PushStatus:
+    def _receive_answer(self, sock: socket.socket, push: Push) -> PushStatus:
         data = bytearray(ANSWER_BYTES)
         is_open = stream.receive(
             sock, memoryview(data), timeout_s=self._timeout_s, check=push.check
@@ -132,11 +155,6 @@ class SendingConnection:
         if (answer.push, answer.lease_id) != (push.number, push.permit.lease_id):
             raise ConnectionResetError("answer to another push")
         return answer.status
-
-    def _buffer(self, num_bytes: int) -> Bytes:
-        if self._scratch is None or len(self._scratch) < num_bytes:
-            self._scratch = np.empty(max(num_bytes, FRAME_BYTES), np.uint8)
-        return self._scratch
 
 
 def _header(push: Push, frame: Piece) -> FrameHeader:
