@@ -3,12 +3,15 @@
 torchrun, LeaderWorkerSet or our launcher set it.
 """
 
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from engine.errors import CollectiveTimeoutError
 from engine.parallel.layout import ParallelLayout
 
 
@@ -80,19 +83,48 @@ class RankEnvironment:
             )
 
     def open_store(self, timeout_s: float) -> Store:
-        """Connect to the store, or start it on rank 0.
+        """Connect to the store, or start it on rank 0, and take this rank's place in it.
 
         Raises:
-            RuntimeError: nobody answers there within `timeout_s` (torch's own error).
+            ValueError: the place or the port is taken, as when two workers have one address.
+            CollectiveTimeoutError: nobody answers there within `timeout_s`.
         """
-        store = TCPStore(
-            self.master_address,
-            self.master_port,
-            is_master=self.rank == 0 and not self.is_store_elsewhere,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
+        address = f"{self.master_address}:{self.master_port}"
+        is_keeper = self.rank == 0 and not self.is_store_elsewhere
+        try:
+            store = TCPStore(
+                self.master_address,
+                self.master_port,
+                is_master=is_keeper,
+                timeout=timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+            )
+        except RuntimeError as error:  # torch's own errors, of many lines
+            reason = str(error).partition("\n")[0]
+            if is_keeper:
+                raise ValueError(
+                    f"rank 0 cannot keep the ranks' store on {address}: {reason}; is the port "
+                    "another worker's? Each needs a MASTER_PORT of its own"
+                ) from error
+            text = f"rank {self.rank} did not find its rank 0 on {address}: {reason}"
+            raise CollectiveTimeoutError(text, rank=0, operation="join") from error
+        shared = PrefixStore(f"isthmus/{self.attempt}", store)
+        self._take_place(shared, address)
+        return shared
+
+    def _take_place(self, store: Store, address: str) -> None:
+        """Two workers with one address would otherwise share ranks."""
+        own = f"process {os.getpid()} on {socket.gethostname()} with WORLD_SIZE {self.world_size}"
+        # The store hands numbers out: who draws the first has the place.
+        is_first = store.add(f"taken/{self.rank}/count", 1) == 1
+        if is_first:
+            store.set(f"taken/{self.rank}", own)
+            return
+        theirs = store.get(f"taken/{self.rank}").decode(errors="replace")
+        raise ValueError(
+            f"rank {self.rank} of the worker at {address} is {theirs}, so it cannot be {own}: give "
+            "each worker a MASTER_PORT of its own, and start the ranks of one all together"
         )
-        return PrefixStore(f"isthmus/{self.attempt}", store)
 
 
 def _number(environment: Mapping[str, str], name: str, default: str | None = None) -> int:

@@ -4,18 +4,22 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
+from engine.errors import CollectiveTimeoutError
 from engine.parallel import RankEnvironment
 
 PROGRAM = """
-import os, torch
+import os, sys, torch
 from engine.parallel import ParallelLayout, RankEnvironment, join_group
 
 with join_group(ParallelLayout.parse("tp=2"), RankEnvironment.read(os.environ)) as group:
     total = group.axes.tp.all_reduce(torch.tensor([1.0 + group.rank]))
-    print(f"rank {group.rank}: {total.item():g} over {group.transports['tp']}", flush=True)
+    line = f"rank {group.rank}: {total.item():g} over {group.transports['tp']}\\n"
+    sys.stdout.write(line)  # at once: ranks may share a pipe
+    sys.stdout.flush()
 """
 SAID = {"rank 0: 3 over shm", "rank 1: 3 over shm"}
 
@@ -47,6 +51,43 @@ def test_programs_started_by_hand_find_each_other() -> None:
         for rank in ranks:
             rank.kill()
             rank.wait()
+
+
+def open_store(place: RankEnvironment) -> str:
+    try:
+        place.open_store(timeout_s=2)
+    except (ValueError, CollectiveTimeoutError) as error:
+        return str(error)
+    return "joined"
+
+
+def test_two_workers_with_one_address_are_told_of_each_other() -> None:
+    first, second = (
+        RankEnvironment(
+            rank=rank, world_size=2, local_rank=rank, master_address="127.0.0.1", master_port=port
+        )
+        for port in [free_port()]
+        for rank in range(2)
+    )
+    keeper = first.open_store(timeout_s=10)
+    told = open_store(first)
+    assert f"rank 0 cannot keep the ranks' store on 127.0.0.1:{first.master_port}" in told
+    assert "Each needs a MASTER_PORT of its own" in told
+    assert open_store(second) == "joined"
+    other = replace(second, world_size=3)
+    told = open_store(other)
+    own = f"process {os.getpid()} on {socket.gethostname()} with WORLD_SIZE"
+    assert f"rank 1 of the worker at 127.0.0.1:{first.master_port} is {own} 2, so it" in told
+    assert f"cannot be {own} 3" in told
+    del keeper
+
+
+def test_a_rank_whose_rank_0_is_not_there_says_where_it_looked() -> None:
+    place = RankEnvironment(
+        rank=1, world_size=2, local_rank=1, master_address="127.0.0.1", master_port=free_port()
+    )
+    told = open_store(place)
+    assert f"rank 1 did not find its rank 0 on 127.0.0.1:{place.master_port}" in told
 
 
 @pytest.mark.slow
