@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import tiny_checkpoint, write_gguf
 
@@ -98,6 +100,17 @@ def test_a_configuration_that_does_not_match_the_weights(
     path = model / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     assert words in refused(run_parent, "--model", str(model))
+
+
+def test_a_rank_that_cannot_load_its_part_is_named(model: Path, run_parent: Path) -> None:
+    weights = model / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.norm.weight"]  # of the last stage
+    save_file(tensors, weights)
+    flags = ("--prefill-parallel", "pp=2", "--decode-parallel", "pp=2")
+    told = refused(run_parent, "--model", str(model), *flags)
+    assert re.match("(prefill|decode)-0 rank 1 could not start: ", told)
+    assert "lacks model.norm.weight" in told
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
