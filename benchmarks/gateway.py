@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 STEP_S = 0.004
 SHORT_TOKENS, LONG_TOKENS = 2, 130
-PROMPT = "The isthmus joins two lands. " * 36
+PROMPT = ("The isthmus joins two lands. " * 9)[:256]
+"""256 tokens of the fake workers' tokenizer, as in the closed load of `benchmarks.serving`."""
 HTTP_HEAD = (
     b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 )

@@ -1,199 +1,256 @@
-"""Ranks of one worker on this host: what their collectives cost, by size and by transport.
+"""Workers of several ranks on this host: what their collectives cost and what their layouts bring.
 
 python -m benchmarks.parallel
-python -m benchmarks.parallel --quick --ranks 4
+python -m benchmarks.parallel --quick --only layouts
+python -m benchmarks.parallel --device cuda --model PATH
 """
 
 import argparse
 import os
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import msgspec
 import torch
-from torch._C._distributed_c10d import TCPStore
 
-from engine.parallel import (
-    AxisGroup,
-    CollectivesConfig,
-    ParallelLayout,
-    RankEnvironment,
-    RankGroup,
-    join_group,
-)
+from benchmarks.ranks.checkpoints import write_even_stages, write_experts
+from benchmarks.ranks.collectives import CollectiveRow, collectives_table, measure_collectives
+from benchmarks.ranks.loads import CHUNK_TOKENS, Load, LoadRow, LoadsTask, measure_loads
+from benchmarks.ranks.processes import text_table
+from engine.parallel import ParallelLayout
+from engine.scheduling.micro_batch import bubble_share
 
-FORMAT = "isthmus-parallel-1"
-SIZES_BYTES = (2 << 10, 8 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20)
-TARGET_US = 60.0
-"""For all of up to TARGET_BYTES over shared memory, when each rank has a core."""
-TARGET_BYTES = 64 << 10
-_DTYPE = torch.bfloat16
-_TRANSPORTS = ("shm", "gloo")
+FORMAT = "isthmus-parallel-2"
+TABLES = ("collectives", "layouts", "pipeline", "experts")
+LAYOUTS = ("1", "tp=2", "pp=2", "pp=2,interleave=2", "sp=2", "tp=3", "tp=2,pp=2")
+PIPELINES = ("pp=2", "pp=2,interleave=2", "pp=3")
+MICRO_BATCHES = (1, 2, 4, 8)
+EXPERT_LAYOUTS = ("1", "tp=2", "tp=2,ep=2", "dp=2,ep=2")
+SKEW = 4.0
+"""Of the second expert table; see `write_experts`."""
 
 
 @dataclass(frozen=True, slots=True)
-class CollectiveRow:
-    """One collective of one size, back to back, as rank 0 sees it."""
+class PipelineRow:
+    """A prompt of one step, cut into so many micro-batches on stages that cost alike."""
 
-    transport: str
-    num_ranks: int
-    operation: str
-    num_bytes: int
-    """Of each rank's tensor; bfloat16."""
-    median_us: float
-    p90_us: float
+    layout: str
+    num_micro_batches: int
+    median_ms: float
+    bubble_share: float
+    expected_share: float
+    """(stages - 1) / (ranges * micro-batches + stages - 1), see `engine.scheduling.micro_batch`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """What the program writes; one field for each table."""
 
-    format: str
+    device: str
     num_cores: int
-    collectives: list[CollectiveRow]
+    model: str
+    format: str = FORMAT
+    collectives: list[CollectiveRow] = field(default_factory=list)
+    layouts: list[LoadRow] = field(default_factory=list)
+    pipeline: list[PipelineRow] = field(default_factory=list)
+    experts: dict[str, list[LoadRow]] = field(default_factory=dict)
+    """By router: even or skewed."""
 
 
-@contextmanager
-def started_ranks(
-    layout: ParallelLayout, arguments: Sequence[str]
-) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Run this program once for each rank of `layout`; rank 0's output is to be read."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = []
-    try:
-        for rank in range(layout.num_ranks):
-            place = RankEnvironment(
-                rank=rank,
-                world_size=layout.num_ranks,
-                local_rank=rank,
-                master_address="127.0.0.1",
-                master_port=store.port,
-                is_store_elsewhere=True,
-            )
-            command = [sys.executable, "-m", "benchmarks.parallel", *arguments]
-            environment = {**os.environ, **place.variables(), "OMP_NUM_THREADS": "1"}
-            output = subprocess.PIPE if rank == 0 else None
-            ranks.append(subprocess.Popen(command, env=environment, stdout=output))
-        yield ranks
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+def loads(*, is_quick: bool) -> list[Load]:
+    """What every layout is put under."""
+    num_repeats, num_tokens = (2, 17) if is_quick else (7, 65)
+    prefill = {"prompt_tokens": CHUNK_TOKENS, "answer_tokens": 1, "num_repeats": num_repeats}
+    decode = {"prompt_tokens": 64, "answer_tokens": num_tokens, "num_repeats": 1}
+    return [
+        Load(name=f"prefill {CHUNK_TOKENS}", num_prompts=1, **prefill),
+        Load(name=f"prefill 4 x {CHUNK_TOKENS}", num_prompts=4, **prefill),
+        Load(name="decode 1", num_prompts=1, **decode),
+        Load(name="decode 8", num_prompts=8, **decode),
+    ]
 
 
-def measure_collectives(transport: str, num_ranks: int, *, is_quick: bool) -> list[CollectiveRow]:
-    """Start the ranks and collect what rank 0 found."""
-    layout = ParallelLayout(tp=num_ranks)
-    arguments = ["--as-rank", transport, "--ranks", str(num_ranks)]
-    with started_ranks(layout, [*arguments, *(["--quick"] if is_quick else [])]) as ranks:
-        output, _ = ranks[0].communicate(timeout=600)
-        if any(process.wait(30) for process in ranks):
-            raise RuntimeError(f"a rank of {transport} failed")
-    return msgspec.json.decode(output, type=list[CollectiveRow])
-
-
-def time_collectives(group: RankGroup, *, is_quick: bool) -> list[CollectiveRow]:
-    """What each rank runs."""
-    axis = group.axes.tp
+def measure_layouts(model: str, device: str, *, is_quick: bool) -> list[LoadRow]:
+    """The loads on every layout that the device has ranks for."""
     rows = []
-    for num_bytes in SIZES_BYTES:
-        x = torch.ones(num_bytes // _DTYPE.itemsize // axis.size * axis.size, dtype=_DTYPE)
-        num_calls = max(10, min(2000, (64 << 20) // num_bytes) // (5 if is_quick else 1))
-        for name, call in _calls(axis, x).items():
-            for _ in range(10):
-                call()
-            axis.barrier()
-            times_us = []
-            for _ in range(num_calls):
-                start_s = time.perf_counter()
-                call()
-                times_us.append((time.perf_counter() - start_s) * 1e6)
-            rows.append(
-                CollectiveRow(
-                    transport=group.transports["tp"],  # type: ignore[index]
-                    num_ranks=axis.size,
-                    operation=name,
-                    num_bytes=num_bytes,
-                    median_us=statistics.median(times_us),
-                    p90_us=statistics.quantiles(times_us, n=10)[-1],
-                )
-            )
+    for layout in _with_a_device(LAYOUTS, device):
+        played = loads(is_quick=is_quick)
+        task = LoadsTask(model=model, layout=layout, dtype="auto", device=device, loads=played)
+        rows += measure_loads(task)
     return rows
 
 
-def _calls(axis: AxisGroup, x: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    part = len(x) // axis.size
-    return {
-        "all_reduce": lambda: axis.all_reduce(x),
-        "all_gather": lambda: axis.all_gather(x[:part]),
-        "all_to_all": lambda: axis.all_to_all(x, [part] * axis.size, [part] * axis.size),
-    }
+def measure_pipeline(folder: Path, device: str, *, is_quick: bool) -> list[PipelineRow]:
+    """The bubble beside what the schedule must leave, with one rank a core at most."""
+    model = str(write_even_stages(folder / "even-stages"))
+    num_most = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
+    rows = []
+    for text in PIPELINES:
+        layout = ParallelLayout.parse(text)
+        if layout.num_ranks > num_most:
+            continue
+        for num in MICRO_BATCHES:
+            task = LoadsTask(
+                model=model,
+                layout=text,
+                dtype="auto",
+                device=device,
+                loads=loads(is_quick=is_quick)[:1],
+                num_micro_batches=num,
+            )
+            (row,) = measure_loads(task)
+            expected = bubble_share(num, layout.pp, layout.interleave)
+            rows.append(PipelineRow(text, num, row.median_ms, row.bubble_share, expected))
+    return rows
 
 
-def table(rows: Sequence[CollectiveRow]) -> str:
-    """One line a collective and size, transports side by side, and the verdict below."""
-    transports = list(dict.fromkeys(row.transport for row in rows))
-    found = {(row.operation, row.num_bytes, row.transport): row for row in rows}
-    head = "".join(f" {f'{name} p50 / p90 us':>22}" for name in transports)
-    lines = [f"{'collective':<11} {'KB':>5}{head}"]
-    for operation, num_bytes in dict.fromkeys((row.operation, row.num_bytes) for row in rows):
-        cells = (found[operation, num_bytes, transport] for transport in transports)
-        figures = "".join(f" {f'{row.median_us:.0f} / {row.p90_us:.0f}':>22}" for row in cells)
-        lines.append(f"{operation:<11} {num_bytes >> 10:>5}{figures}")
-    small = [row for row in rows if row.transport == "shm" and row.num_bytes <= TARGET_BYTES]
-    if small:
-        slowest = max(row.median_us for row in small)
-        is_met = "met" if slowest <= TARGET_US else "not met"
-        lines.append(
-            f"shm, up to {TARGET_BYTES >> 10} KB: at most {slowest:.0f} us, "
-            f"target {TARGET_US:.0f}: {is_met}"
-        )
-    return "\n".join(lines)
+def measure_experts(folder: Path, device: str, *, is_quick: bool) -> dict[str, list[LoadRow]]:
+    """Prefill and decode of a mixture of experts whose router is even, and of a skewed one."""
+    found = {}
+    for name, skew in (("even", 0.0), ("skewed", SKEW)):
+        model = str(write_experts(folder / name, skew=skew))
+        prefill, _, _, decode = loads(is_quick=is_quick)
+        found[name] = [
+            row
+            for layout in _with_a_device(EXPERT_LAYOUTS, device)
+            for row in measure_loads(
+                LoadsTask(
+                    model=model,
+                    layout=layout,
+                    dtype="auto",
+                    device=device,
+                    loads=[prefill, decode],
+                )
+            )
+        ]
+    return found
 
 
-def run_as_rank(transport: str, *, is_quick: bool) -> None:
-    """Measure as one of the ranks; rank 0 prints rows as JSON."""
-    environment = RankEnvironment.read(os.environ)
-    assert environment is not None, "started without a rank"
-    torch.set_num_threads(1)
-    layout = ParallelLayout(tp=environment.world_size)
-    config = CollectivesConfig(has_shared_memory=transport == "shm")
-    cores = sorted(os.sched_getaffinity(0))
-    with join_group(layout, environment, config=config) as group:
-        os.sched_setaffinity(0, {cores[environment.local_rank % len(cores)]})
-        rows = time_collectives(group, is_quick=is_quick)
-        group.axes.world.barrier()
-    if environment.rank == 0:
-        sys.stdout.buffer.write(msgspec.json.encode(rows))
+def layouts_table(rows: Sequence[LoadRow], num_cores: int) -> str:
+    """One line a load and layout, held against one rank."""
+    alone = {row.load: row for row in rows if row.layout == "1"}
+    lines = [
+        [
+            f"{load}, {row.layout}{_crowded(row.layout, num_cores)}",
+            row.threads_per_rank,
+            f"{row.median_ms:.1f}",
+            f"{row.tokens_per_s:.0f}",
+            f"{one.median_ms / row.median_ms:.2f}",
+            f"{row.collective_share:.0%}",
+            f"{row.bubble_share:.0%}",
+        ]
+        for load, one in alone.items()
+        for row in rows
+        if row.load == load
+    ]
+    head = ["load, layout", "threads", "ms", "tokens/s", "x one rank", "collectives", "bubble"]
+    text = text_table(head, lines)
+    if any(_crowded(row.layout, num_cores) for row in rows):
+        text += f"\n* more ranks than cores ({num_cores}): they take turns"
+    return text
+
+
+def pipeline_table(rows: Sequence[PipelineRow]) -> str:
+    """Measured beside expected."""
+    lines = [
+        [
+            f"{row.layout}, {row.num_micro_batches} micro-batches",
+            f"{row.median_ms:.1f}",
+            f"{row.bubble_share:.0%}",
+            f"{row.expected_share:.0%}",
+        ]
+        for row in rows
+    ]
+    return text_table(["layout", "ms", "bubble", "formula"], lines)
+
+
+def experts_table(rows_by_router: dict[str, list[LoadRow]], num_cores: int) -> str:
+    """Step times beside how unevenly tokens fall on experts, and on ranks."""
+    lines = [
+        [
+            f"{router}, {row.load}, {row.layout}{_crowded(row.layout, num_cores)}",
+            f"{row.median_ms:.2f}",
+            f"{row.expert_imbalance:.2f}",
+            f"{row.rank_imbalance:.2f}",
+            f"{row.collective_share:.0%}",
+        ]
+        for router, rows in rows_by_router.items()
+        for row in rows
+    ]
+    head = ["router, load, layout", "ms", "busiest expert / mean", "busiest rank / mean"]
+    return text_table([*head, "collectives"], lines)
+
+
+def report(outcome: Outcome) -> str:
+    """Every table that was measured."""
+    num_cores = outcome.num_cores
+    blocks = [f"{outcome.model}, {outcome.device}, {num_cores} cores"]
+    if outcome.collectives:
+        num_ranks = outcome.collectives[0].num_ranks
+        blocks.append(f"{num_ranks} ranks\n{collectives_table(outcome.collectives)}")
+    if outcome.layouts:
+        blocks.append(layouts_table(outcome.layouts, num_cores))
+    if outcome.pipeline:
+        blocks.append(pipeline_table(outcome.pipeline))
+    if outcome.experts:
+        blocks.append(experts_table(outcome.experts, num_cores))
+    return "\n\n".join(blocks)
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line's options; leaves the process on a bad one."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer calls")
+    parser.add_argument("--only", action="append", choices=TABLES, help="repeat; all by default")
+    parser.add_argument("--ranks", type=int, default=2, help="of the collectives; 2 by default")
+    parser.add_argument("--model", default="demo", help="of the layouts: a path, or demo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and print; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.parallel", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer calls")
-    parser.add_argument("--ranks", type=int, default=2, help="2 by default")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--as-rank", choices=_TRANSPORTS, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.as_rank is not None:
-        run_as_rank(options.as_rank, is_quick=options.quick)
-        return 0
-    num_cores = len(os.sched_getaffinity(0))
-    rows = []
-    for transport in _TRANSPORTS:
-        rows += measure_collectives(transport, options.ranks, is_quick=options.quick)
-    print(f"{options.ranks} ranks, {num_cores} cores")
-    print(table(rows))
+    options = parsed(arguments)
+    tables, device, is_quick = options.only or TABLES, options.device, options.quick
+    outcome = Outcome(device, len(os.sched_getaffinity(0)), options.model)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if "collectives" in tables:
+            outcome.collectives = measure_collectives(options.ranks, device, is_quick=is_quick)
+        if "layouts" in tables:
+            outcome.layouts = measure_layouts(_model(options.model), device, is_quick=is_quick)
+        if "pipeline" in tables:
+            outcome.pipeline = measure_pipeline(folder, device, is_quick=is_quick)
+        if "experts" in tables:
+            outcome.experts = measure_experts(folder, device, is_quick=is_quick)
+    print(report(outcome))
     if options.json is not None:
-        outcome = Outcome(FORMAT, num_cores, rows)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_bytes(msgspec.json.encode(asdict(outcome)))
     return 0
+
+
+def _model(model: str) -> str:
+    if model != "demo":
+        return model
+    from deploy.up import located_model  # only the demo model needs the launcher
+
+    return str(located_model(model, os.environ))
+
+
+def _with_a_device(layouts: Sequence[str], device: str) -> list[str]:
+    """On CUDA each rank needs a device; ranks may share cores."""
+    most = torch.cuda.device_count() if device == "cuda" else None
+    ranks = {layout: ParallelLayout.parse(layout).num_ranks for layout in layouts}
+    return [layout for layout in layouts if most is None or ranks[layout] <= most]
+
+
+def _crowded(layout: str, num_cores: int) -> str:
+    return " *" if ParallelLayout.parse(layout).num_ranks > num_cores else ""
 
 
 if __name__ == "__main__":

@@ -65,19 +65,27 @@ class RankCollector(Collector):
             values = {str(each.rank): getattr(each, field) for each in times}
             yield labelled_counter(name, text, "rank", values)
         step_s = sum(each.step_s for each in times)
-        for name, text, part_s in (
-            (
-                "isthmus_rank_communication_share",
-                "Part of all ranks' step time spent in collectives.",
-                sum(each.communication_s for each in times),
-            ),
-            (
-                "isthmus_pipeline_bubble_share",
-                "Part of all ranks' step time spent waiting for other pipeline stages.",
-                step_s - sum(each.busy_s for each in times),
-            ),
-        ):
-            yield GaugeMetricFamily(name, text, value=part_s / step_s if step_s else 0.0)
+        communication_s = sum(each.communication_s for each in times)
+        yield GaugeMetricFamily(
+            "isthmus_rank_communication_share",
+            "Part of all ranks' step time spent in collectives.",
+            value=communication_s / step_s if step_s else 0.0,
+        )
+        yield GaugeMetricFamily(
+            "isthmus_pipeline_bubble_share",
+            "Part of all ranks' time, while the worker computes, spent waiting for other stages.",
+            value=bubble_share(times),
+        )
+
+
+def bubble_share(times: Sequence[RankTimes]) -> float:
+    """Of the time in which rank 0 had plans in flight; `times` in rank order.
+
+    0 where no rank ever waits for another stage (or data shard).
+    """
+    if not times or all(each.busy_s == each.step_s for each in times):
+        return 0.0
+    return max(0.0, 1.0 - sum(each.busy_s for each in times) / (len(times) * times[0].step_s))
 
 
 class ExpertCollector(Collector):

@@ -5,6 +5,7 @@ in the pool, J key then value, G KV heads, C slots in a block.
 """
 
 from collections.abc import Mapping
+from itertools import accumulate, chain, pairwise
 from typing import Protocol
 
 import torch
@@ -61,7 +62,10 @@ class CausalLM(nn.Module):
         """This rank's KV heads, counted over the whole model."""
         self.sequence = axes.sp
         """The ranks among which the tokens of a step may be split."""
-        self.stage_layers = stage_layers(config, axes.pp.size, axes.pp.rank)
+        ranges = stage_layers(config, axes.pp.size, axes.pp.rank, axes.interleave)
+        self.num_ranges = len(ranges)
+        """How often a token comes through this rank."""
+        self.stage_layers = tuple(index for layers in ranges for index in layers)
         """This rank's layers, counted over the whole model."""
         self.is_first_stage = axes.pp.rank == 0
         self.is_last_stage = axes.pp.rank == axes.pp.size - 1
@@ -70,11 +74,16 @@ class CausalLM(nn.Module):
             self.embedding = VocabParallelEmbedding(
                 config.vocab_size, config.hidden_size, name=_EMBEDDING, axis=axes.tp
             )
-        self._sequence = tuple(
+        layers = [
             DecoderLayer(config, index, axes=axes, kernels=kernels, placement=placements.get(index))
             for index in self.stage_layers
+        ]
+        starts = [0, *accumulate(len(span) for span in ranges)]
+        self._ranges = tuple(
+            tuple((place, layers[place]) for place in range(start, stop))
+            for start, stop in pairwise(starts)
         )
-        self.layers = nn.ModuleList(self._sequence)
+        self.layers = nn.ModuleList(layers)
         self.norm: RmsNorm | None = None
         self.lm_head: LmHead | None = None
         if self.is_last_stage:
@@ -90,9 +99,13 @@ class CausalLM(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, batch: StepBatch, kv_pool: KvLayers, residual_TD: torch.Tensor | None = None
+        self,
+        batch: StepBatch,
+        kv_pool: KvLayers,
+        residual_TD: torch.Tensor | None = None,
+        range_index: int = 0,
     ) -> torch.Tensor:
-        """Run one step on this stage, and write the step's keys and values to the pool.
+        """Run one range of this stage's layers, and write their keys and values to the pool.
 
         Calls `kernels.begin_step`. Every rank of the tensor axis must call it with the same batch;
         the collectives are one all-reduce after the embedding and those of `DecoderLayer`, layer
@@ -102,35 +115,38 @@ class CausalLM(nn.Module):
             batch: the same on all stages; only the first looks at its token ids. Ranks of the
                 sequence axis may have different ones: see `StepBatch.split`.
             kv_pool: of this rank's layers.
-            residual_TD: what the stage before returned; it is changed in place. None on the first.
+            residual_TD: what the stage before returned; it is changed in place. None for the
+                model's first layers.
+            range_index: of `num_ranges`, one after the other.
 
         Returns:
-            On the last stage hidden_TD for `logits`; on others residual_TD for the stage after.
+            After the model's last layer hidden_TD for `logits`; else residual_TD for the stage
+            after, or for the first one's next range.
         """
         self.kernels.begin_step(batch)
         tables = self._rope.tables(batch)
         local_tables = tables if self._local_rope is None else self._local_rope.tables(batch)
-        if self.embedding is not None:
+        if self.embedding is not None and range_index == 0:
             residual_TD = self._scaled(self.embedding(batch.token_T))
         assert residual_TD is not None, "the stage before hands its residual on"
         added_TD: torch.Tensor | None = None
-        for index, layer in enumerate(self._sequence):
+        for place, layer in self._ranges[range_index]:
             cos_TA, sin_TA = local_tables if layer.has_local_rope else tables
-            kv_PJGCA = kv_pool.layer(index)
+            kv_PJGCA = kv_pool.layer(place)
             added_TD = layer(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA, batch)
-        assert added_TD is not None, "a stage has layers"
-        if self.norm is None:
+        assert added_TD is not None, "a range has layers"
+        if self.norm is None or range_index < self.num_ranges - 1:
             return residual_TD.add_(added_TD)
         return self.norm.add(added_TD, residual_TD)
 
     @torch.inference_mode()
-    def serve(self, device: torch.device) -> None:
+    def serve(self, device: torch.device, range_index: int = 0) -> None:
         """Take part in the experts' exchange of a forward pass of ranks that have tokens.
 
         Every rank of a data shard without tokens calls it in place of `forward`.
         """
         nothing_TD = torch.empty((0, self.config.hidden_size), dtype=self.dtype, device=device)
-        for layer in self._sequence:
+        for _, layer in self._ranges[range_index]:
             if isinstance(layer.mlp, MoeMlp):
                 layer.mlp.serve(nothing_TD)
 
@@ -139,7 +155,7 @@ class CausalLM(nn.Module):
         """Of each layer here that is a mixture, by its number in the whole model."""
         return {
             index: layer.mlp.load
-            for index, layer in zip(self.stage_layers, self._sequence, strict=True)
+            for index, (_, layer) in zip(self.stage_layers, chain(*self._ranges), strict=True)
             if isinstance(layer.mlp, MoeMlp)
         }
 

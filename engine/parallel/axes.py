@@ -149,7 +149,10 @@ class AxisGroup:
         return bytes(body)
 
     def send(self, x: torch.Tensor, to: int) -> None:
-        """Send to rank `to` of the axis, which calls `receive` with a tensor of this size."""
+        """Send to rank `to` of the axis, which calls `receive` with a tensor of this size.
+
+        Does not wait for it; `x` must not be changed any more.
+        """
         flat = x.contiguous().view(-1)
         self._timed(x.nbytes, lambda collectives: collectives.send(flat, to))
 
@@ -197,6 +200,8 @@ class ParallelAxes:
     """Ranks that hold the same experts, split by features; tp where ep is 1."""
     world: AxisGroup = AxisGroup()
     """All ranks of the worker, for step plans; always in host memory."""
+    interleave: int = 1
+    """Layer ranges on each rank of the pipeline."""
 
     @classmethod
     def single(cls) -> "ParallelAxes":
@@ -227,4 +232,4 @@ class ParallelAxes:
             )
             for axis in Axis
         }
-        return cls(**groups)
+        return cls(**groups, interleave=layout.interleave)

@@ -54,7 +54,11 @@ class Collectives(Protocol):
         """
 
     def send(self, x: torch.Tensor, to: int) -> None:
-        """Send to one rank, which calls `receive`; may return before it does, and may wait."""
+        """Send to one rank, which calls `receive`; `x` must not be changed afterwards.
+
+        Returns without waiting for it (NCCL: the stream waits). A send that fails raises here or
+        in a later call.
+        """
 
     def receive(self, x: torch.Tensor, source: int) -> None:
         """Fill `x` with what rank `source` sends; both sides must agree on the size."""

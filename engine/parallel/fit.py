@@ -20,6 +20,7 @@ def check_layout_fits(config: ModelConfig, layout: ParallelLayout) -> None:
         "tp": _most_tp(config),
         "pp": config.num_layers,
         "ep": 1 if experts is None else experts.num_experts,
+        "interleave": max(1, config.num_layers // layout.pp),
     }
     parts = {
         "ep": "expert parallelism splits experts, of which it has none"
@@ -28,6 +29,7 @@ def check_layout_fits(config: ModelConfig, layout: ParallelLayout) -> None:
         "tp": f"tensor parallelism splits {config.num_heads} query heads, "
         f"{config.intermediate_size} features and {config.vocab_size} tokens",
         "pp": f"pipeline parallelism splits {config.num_layers} layers",
+        "interleave": f"{layout.pp} stages have as many ranges each, of {config.num_layers} layers",
     }
     broken = [axis for axis, limit in most.items() if getattr(layout, axis) > limit]
     if not broken:
@@ -49,12 +51,11 @@ def _nearest(layout: ParallelLayout, most: Mapping[str, int]) -> list[ParallelLa
     tp, pp, dp = min(layout.tp, most["tp"]), min(layout.pp, most["pp"]), layout.dp
     if layout.ep > most["ep"]:
         dp = min(dp, max(1, most["ep"] // layout.sp))
-    fewer = _with_fitting_ep(replace(layout, tp=tp, pp=pp, dp=dp, ep=1), layout.ep, most["ep"])
+    plain = replace(layout, ep=1, interleave=1)
+    fewer = _as_wanted(replace(plain, tp=tp, pp=pp, dp=dp), layout, most)
     num_ranks = layout.tp * layout.pp
     products = [
-        _with_fitting_ep(
-            replace(layout, tp=size, pp=num_ranks // size, ep=1), layout.ep, most["ep"]
-        )
+        _as_wanted(replace(plain, tp=size, pp=num_ranks // size), layout, most)
         for size in range(most["tp"], 0, -1)
         if num_ranks % size == 0 and num_ranks // size <= most["pp"]
     ]
@@ -62,7 +63,10 @@ def _nearest(layout: ParallelLayout, most: Mapping[str, int]) -> list[ParallelLa
     return list(dict.fromkeys(near))[:_MAX_NAMED]
 
 
-def _with_fitting_ep(layout: ParallelLayout, wanted: int, most: int) -> ParallelLayout:
-    """The largest ep up to `wanted` that lies over the layout's ranks and leaves each an expert."""
-    fitting = [size for size in layout.possible_ep if size <= min(wanted, most)]
-    return replace(layout, ep=max(fitting))
+def _as_wanted(
+    plain: ParallelLayout, wanted: ParallelLayout, most: Mapping[str, int]
+) -> ParallelLayout:
+    """With the largest ep and interleave up to those wanted that the ranks and the model allow."""
+    fitting = [size for size in plain.possible_ep if size <= min(wanted.ep, most["ep"])]
+    num_ranges = min(wanted.interleave, most["pp"] // plain.pp) if plain.pp > 1 else 1
+    return replace(plain, ep=max(fitting), interleave=num_ranges)

@@ -51,12 +51,16 @@ class ParallelLayout:
     """Sequence: tokens of a long prompt are split."""
     dp: int = 1
     """Data: requests are split."""
+    interleave: int = 1
+    """No axis: layer ranges on each stage of the pipeline, which a token goes round so often."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             size = getattr(self, field.name)
             if not 1 <= size <= MAX_RANKS:
                 raise ValueError(f"{field.name} must be in [1, {MAX_RANKS}], got {size}")
+        if self.interleave > 1 and self.pp == 1:
+            raise ValueError(f"interleave={self.interleave} needs a pipeline; add pp=2 or more")
         if self.num_ranks > MAX_RANKS:
             raise ValueError(
                 f"{self} has {self.num_ranks} ranks, more than {MAX_RANKS}: lower one of its axes"

@@ -3,12 +3,14 @@
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
 from torch._C._distributed_c10d import AllreduceOptions, BroadcastOptions, ProcessGroup, Work
 
+from engine.parallel.outbox import FLUSH_S
 from engine.parallel.store_watch import STALE_S, StoreWatch
 from engine.parallel.verdict import Verdict, VerdictKind
 
@@ -53,7 +55,9 @@ class ProcessGroupCollectives:
         self._title = title
         self._device = device
         self._timeout_s = timeout_s
-        self._transfers: queue.SimpleQueue[_Transfer | None] | None = None
+        self._helpers: dict[str, _Helper] = {}
+        """Threads that wait for sends, and for receives."""
+        self._sends: deque[tuple[_Transfer, int]] = deque()
 
     def all_reduce(self, x: torch.Tensor) -> None:
         if x.numel() == 0:
@@ -109,9 +113,25 @@ class ProcessGroupCollectives:
         self._do("broadcast", lambda: self._group.broadcast([data], options), timeout_s)
 
     def send(self, x: torch.Tensor, to: int) -> None:
-        if x.numel():
-            data = x.view(torch.uint8)
-            self._do("send", lambda: self._group.send([data], to, 0), partner=to)
+        if x.numel() == 0:
+            return
+        data = x.view(torch.uint8)
+
+        def begin() -> Work:
+            return self._group.send([data], to, 0)
+
+        if self._device.type == "cuda":
+            self._do("send", begin, partner=to)
+            return
+        operation = f"{self._title} send"
+        if verdict := self._watch.verdict():
+            raise verdict.error(operation, self._timeout_s)
+        while self._sends and self._sends[0][0].is_over.is_set():
+            sent, receiver = self._sends.popleft()
+            if sent.error is not None:
+                verdict = self._verdict_on(sent.error, [self._ranks[receiver]])
+                raise verdict.error(operation, self._timeout_s) from sent.error
+        self._sends.append((_Transfer(self._helper("send"), begin), to))
 
     def receive(self, x: torch.Tensor, source: int) -> None:
         if x.numel():
@@ -125,8 +145,12 @@ class ProcessGroupCollectives:
             torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
-        if self._transfers is not None:
-            self._transfers.put(None)  # a helper that is stuck goes with the process
+        end_s = time.monotonic() + FLUSH_S
+        for sent, _ in self._sends:
+            if self._watch.verdict() is None:
+                sent.is_over.wait(max(0.0, end_s - time.monotonic()))
+        for helper in self._helpers.values():
+            helper.put(None)  # one that is stuck goes with the process
 
     def _exchange(
         self,
@@ -170,7 +194,7 @@ class ProcessGroupCollectives:
             if self._device.type == "cuda":
                 begin().wait()  # the stream's wait, not this thread's
                 return
-            work = begin() if partner is None else _Transfer(self._helper(), begin)
+            work = begin() if partner is None else _Transfer(self._helper(name), begin)
             while not _is_over(work):
                 if verdict := self._watch.verdict():
                     raise verdict.error(operation, self._timeout_s)
@@ -197,23 +221,24 @@ class ProcessGroupCollectives:
                 self._watch.post(lost or Verdict(VerdictKind.DEAD, None))
         return verdict
 
-    def _helper(self) -> "queue.SimpleQueue[_Transfer | None]":
-        """The thread that waits for sends and receives, started with the first of them."""
-        if self._transfers is None:
-            self._transfers = queue.SimpleQueue()
+    def _helper(self, name: str) -> "_Helper":
+        """The thread that waits for all sends, or for all receives, started with the first."""
+        helper = self._helpers.get(name)
+        if helper is None:
+            helper = self._helpers[name] = queue.SimpleQueue()
             threading.Thread(
                 target=_carry,
-                args=(self._transfers,),
-                name=f"{self.name}-{self._title}",
+                args=(helper,),
+                name=f"{self.name}-{self._title}-{name}",
                 daemon=True,
             ).start()
-        return self._transfers
+        return helper
 
 
 class _Transfer:
     """A send or receive on the helper thread: gloo gives these up when one wait is cut short."""
 
-    def __init__(self, helper: "queue.SimpleQueue[_Transfer | None]", begin: Begin) -> None:
+    def __init__(self, helper: "_Helper", begin: Begin) -> None:
         self.begin = begin
         self.error: RuntimeError | None = None
         self.is_over = threading.Event()
@@ -236,7 +261,10 @@ def _is_over(work: Work | _Transfer) -> bool:
     return True
 
 
-def _carry(transfers: "queue.SimpleQueue[_Transfer | None]") -> None:
+_Helper = queue.SimpleQueue[_Transfer | None]
+
+
+def _carry(transfers: _Helper) -> None:
     while transfer := transfers.get():
         try:
             transfer.begin().wait()

@@ -9,6 +9,7 @@ import torch
 from engine.parallel.collectives import CollectivesConfig
 from engine.parallel.host_board import HostBoard
 from engine.parallel.native_group import Answer, NativeGroupLibrary
+from engine.parallel.outbox import Outbox
 
 _DTYPE_CODE = {
     torch.float32: 0,
@@ -71,19 +72,24 @@ class SharedMemoryCollectives:
         self._lengths = ctypes.c_int64 * size
         places = (ctypes.c_int32 * size)(*(board.place(other) for other in ranks))
         pidfds = (ctypes.c_int32 * size)(*(board.pidfds.get(other, -1) for other in ranks))
-        self._handle = library.group_open(
-            board.address,
-            address,
-            self._ranks.index(rank),
-            size,
-            buffer_bytes(config, size),
-            config.mailbox_bytes,
-            round(spin_s * 1e9),
-            places,
-            pidfds,
+        # What a call has done so far stands in its handle: sends that wait have one of their own.
+        self._handle, self._sending_handle = (
+            library.group_open(
+                board.address,
+                address,
+                self._ranks.index(rank),
+                size,
+                buffer_bytes(config, size),
+                config.mailbox_bytes,
+                round(spin_s * 1e9),
+                places,
+                pidfds,
+            )
+            for _ in range(2)
         )
-        if not self._handle:
+        if not self._handle or not self._sending_handle:
             raise MemoryError("no memory for a rank group")
+        self._outbox = Outbox(self._try_send, name=f"send-{title}")
 
     def all_reduce(self, x: torch.Tensor) -> None:
         self._call("all_reduce", x.nbytes, _code(x), x.data_ptr(), x.nbytes)
@@ -119,7 +125,7 @@ class SharedMemoryCollectives:
         self._call("broadcast", x.nbytes, x.data_ptr(), x.nbytes, source, timeout_ns=timeout_ns)
 
     def send(self, x: torch.Tensor, to: int) -> None:
-        self._call("send", x.nbytes, x.data_ptr(), x.nbytes, to)
+        self._outbox.send(x, to)
 
     def receive(self, x: torch.Tensor, source: int) -> None:
         self._call("receive", x.nbytes, x.data_ptr(), x.nbytes, source)
@@ -128,9 +134,18 @@ class SharedMemoryCollectives:
         self._call("barrier", 0)
 
     def close(self) -> None:
-        if self._handle:
-            self._library.group_close(self._handle)
-            self._handle = None
+        self._outbox.close()
+        for handle in filter(None, (self._handle, self._sending_handle)):
+            self._library.group_close(handle)
+        self._handle = self._sending_handle = None
+
+    def _try_send(self, x: torch.Tensor, to: int) -> bool:
+        assert self._sending_handle, "send after close"
+        arguments = (x.data_ptr(), x.nbytes, to, self._timeout_ns, 1)
+        answer = self._library.brief["send"](self._sending_handle, *arguments)
+        if answer not in (Answer.DONE, Answer.AGAIN):
+            self._fail(answer, "send", x.nbytes)
+        return answer == Answer.DONE
 
     def _bytes(self, lengths: Sequence[int], x: torch.Tensor) -> "ctypes.Array[ctypes.c_int64]":
         item = x.element_size()

@@ -5,24 +5,30 @@ from itertools import accumulate
 from engine.checkpoint.config import ModelConfig
 
 
-def stage_layers(config: ModelConfig, size: int, stage: int) -> range:
-    """The layers of `stage` among `size`: contiguous, at least one, cut so that stages cost alike.
+def stage_layers(
+    config: ModelConfig, size: int, stage: int, num_ranges: int = 1
+) -> tuple[range, ...]:
+    """The layers of `stage` among `size`: contiguous ranges, each of at least one layer.
 
-    The cost of a stage is the weights that it reads for one token: those of its layers, a row of
-    the embedding on the first stage, and the LM head on the last. The dearest stage is as cheap as
-    can be; among such cuts, stages are as even as can be.
+    With several ranges, interleaved, the stages are gone round once for each: range r of the model
+    stands on stage r modulo `size`. All ranges are cut so that they cost alike. The cost of one is
+    the weights that it reads for one token: those of its layers, a row of the embedding in the
+    first, and the LM head in the last. The dearest is as cheap as can be; among such cuts, ranges
+    are as even as can be.
 
     Raises:
-        ValueError: there are more stages than layers.
+        ValueError: there are more ranges than layers.
     """
-    num_layers = config.num_layers
-    if size > num_layers:
-        raise ValueError(f"pp={size} needs a layer for each stage, and the model has {num_layers}")
+    num_layers, num_parts = config.num_layers, size * num_ranges
+    if num_parts > num_layers:
+        layout = f"pp={size}" if num_ranges == 1 else f"pp={size},interleave={num_ranges}"
+        what = "stage" if num_ranges == 1 else "range of each stage"
+        raise ValueError(f"{layout} needs a layer for each {what}, and the model has {num_layers}")
     costs = [layer_cost(config, index) for index in range(num_layers)]
     costs[0] += config.hidden_size
     costs[-1] += config.vocab_size * config.hidden_size
-    starts = _even_starts(costs, size)
-    return range(starts[stage], [*starts, num_layers][stage + 1])
+    starts = [*_even_starts(costs, num_parts), num_layers]
+    return tuple(range(starts[part], starts[part + 1]) for part in range(stage, num_parts, size))
 
 
 def layer_cost(config: ModelConfig, index: int) -> int:

@@ -122,7 +122,7 @@ class _LoadedRank:
     @property
     def kv_share(self) -> KvShare:
         model = self.model
-        return KvShare(tuple(model.stage_layers), tuple(model.kv_heads), self.data.rank)
+        return KvShare(model.stage_layers, tuple(model.kv_heads), self.data.rank)
 
     def limits(self, num_blocks: int) -> EngineLimits:
         return EngineLimits(
@@ -204,6 +204,7 @@ def build_engine(
         eos_token_ids=loaded.model.config.eos_token_ids,
         has_prefix_cache=config.has_prefix_cache,
         hash_salt_of=loaded.model.config.rope_salt,
+        max_num_plans=runner.max_num_plans,
     )
     executor = ModelExecutor(
         runner,

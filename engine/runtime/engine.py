@@ -1,6 +1,7 @@
 """One engine: a scheduler and what computes its plans. Synchronous, one thread; no torch here."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -142,13 +143,23 @@ class PlanExecutor(Protocol):
     def warm_up(self, num_threads: int) -> None:
         """Compute something like the steps to come, so that no request pays for it."""
 
-    def execute(self, plan: StepPlan, drawing: Seq[Sequence], num_threads: int) -> list[DrawnToken]:
-        """Compute a plan's KV and draw a token for each drawing chunk, in their order.
+    @property
+    def max_num_plans(self) -> int:
+        """How many may have begun and not be finished; more than 1 where stages compute them."""
+
+    def begin(self, plan: StepPlan, num_threads: int) -> None:
+        """Start to compute a plan of at least one chunk; may return before it is computed.
 
         Args:
-            plan: has at least one chunk.
-            drawing: the sequences of the drawing chunks.
+            plan: see `Scheduler.schedule`.
             num_threads: CPU threads that it may use.
+        """
+
+    def finish(self, drawing: Seq[Sequence]) -> list[DrawnToken]:
+        """Wait until the earliest plan's KV is there, draw a token for each drawing chunk.
+
+        Args:
+            drawing: the sequences of the drawing chunks, in their order.
         """
 
     def forget(self, request_id: str) -> None:
@@ -192,6 +203,7 @@ class Engine(Generic[Executor]):
         self._max_num_batched_tokens = max_num_batched_tokens
         self._shared_step_tokens_per_thread = shared_step_tokens_per_thread
         self._reserving: dict[str, int] = {}
+        self._in_flight: deque[StepPlan] = deque()
         self._num_steps = 0
         self._step_s_total = 0.0
         self._prefill_s_total = 0.0
@@ -220,28 +232,27 @@ class Engine(Generic[Executor]):
         return outputs
 
     def step(self) -> list[EngineOutput] | None:
+        """Begin as many plans as may be in flight, then finish the earliest."""
         begin_s = time.perf_counter()
-        grant = self._cores.begin_step()
-        plan, granted = self.scheduler.schedule(self._budget(grant), time.time_ns())
-        outputs = self._replies_to(granted)
-        if not plan.chunks:
+        outputs: list[EngineOutput] = []
+        while len(self._in_flight) < self.executor.max_num_plans:
+            grant = self._cores.begin_step()
+            plan, granted = self.scheduler.schedule(self._budget(grant), time.time_ns())
+            outputs += self._replies_to(granted)
+            if not plan.chunks:
+                break
+            self.executor.begin(plan, grant.num_threads)
+            self._in_flight.append(plan)
+        if not self._in_flight:
             self._stats = self._snapshot()
             return outputs or None
-        drawing = [
-            self.scheduler.sequence(chunk.request_id) for chunk in plan.chunks if chunk.is_drawing
-        ]
-        drawn = self.executor.execute(plan, drawing, grant.num_threads)
+        num_tokens = self._in_flight[0].num_tokens
         num_prefill_tokens = self.scheduler.num_prefill_tokens
-        events = self.scheduler.commit(plan, drawn, time.time_ns())
-        outputs += [*self._ended_prefixes(), *events]
-        for sequence in drawing:
-            if sequence.state is SequenceState.FINISHED:
-                self.executor.forget(sequence.request_id)
-        self._num_steps += 1
+        outputs += self._finish_earliest()
         step_s = time.perf_counter() - begin_s
         self._step_s_total += step_s
         num_prefill_tokens = self.scheduler.num_prefill_tokens - num_prefill_tokens
-        self._prefill_s_total += step_s * num_prefill_tokens / plan.num_tokens
+        self._prefill_s_total += step_s * num_prefill_tokens / num_tokens
         self._stats = self._snapshot()
         return outputs
 
@@ -254,6 +265,26 @@ class Engine(Generic[Executor]):
     def close(self) -> None:
         self._cores.close()
         self.executor.close()
+
+    def _finish_earliest(self) -> list[EngineOutput]:
+        plan = self._in_flight.popleft()
+        drawing = [
+            self.scheduler.sequence(chunk.request_id) for chunk in plan.chunks if chunk.is_drawing
+        ]
+        drawn = self.executor.finish(drawing)
+        events = self.scheduler.commit(plan, drawn, time.time_ns())
+        for sequence in drawing:
+            if sequence.state is SequenceState.FINISHED:
+                self.executor.forget(sequence.request_id)
+        self._num_steps += 1
+        return [*self._ended_prefixes(), *events]
+
+    def _land(self, request_id: str) -> list[EngineOutput]:
+        """Finish plans until none has tokens of a sequence that is to end."""
+        outputs: list[EngineOutput] = []
+        while self.scheduler.is_in_flight(request_id):
+            outputs += self._finish_earliest()
+        return outputs
 
     def _budget(self, grant: CoreGrant) -> int:
         """Tokens of the next step: few enough that whoever waits for its end waits shortly."""
@@ -272,12 +303,13 @@ class Engine(Generic[Executor]):
                 except IsthmusError as error:
                     return [ErrorEvent(request.request_id, error)]
             case Abort(request_id):
-                outputs = self._give_up_reserving(request_id)
+                outputs = [*self._give_up_reserving(request_id), *self._land(request_id)]
                 self.executor.forget(request_id)
                 return [*outputs, Reply(command_id, scheduler.abort(request_id))]
             case Release(request_id):
+                outputs = self._land(request_id)
                 self.executor.forget(request_id)
-                return [Reply(command_id, scheduler.release(request_id))]
+                return [*outputs, Reply(command_id, scheduler.release(request_id))]
             case Reserve(request_id, num_tokens, block_hashes):
                 scheduler.reserve(request_id, num_tokens, block_hashes)
                 self._reserving[request_id] = command_id

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import threading
+import time
 
 from engine.errors import EngineDeadError, RankGroupError
 from engine.kv_cache.pool import KvPool
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _IDLE_AFTER_S = 0.02
 """Without a plan for so long, others may borrow the cores, and rank 0 hears the times."""
+_TELL_EVERY_S = 1.0
+"""Under load rank 0 hears the times so often."""
 
 
 class Follower:
@@ -39,6 +42,7 @@ class Follower:
         self._cores = cores
         self._max_num_batched_tokens = max_num_batched_tokens
         self._has_settled = False
+        self._told_s = 0.0
 
     @property
     def rank(self) -> int:
@@ -86,16 +90,19 @@ class Follower:
         self._local.runner.close()
 
     def _next(self) -> object:
-        if not self._leader.has_message(_IDLE_AFTER_S):
+        is_idle = not self._leader.has_message(_IDLE_AFTER_S)
+        if is_idle:
             self._cores.rest()
+        if is_idle or time.monotonic() - self._told_s > _TELL_EVERY_S:
             self._leader.send(self._local.report)
+            self._told_s = time.monotonic()
         return self._leader.receive()
 
     def _compute(self, step: Step) -> None:
         check_plan(step.plan, self.limits, self._max_num_batched_tokens)
         grant = self._cores.begin_step()
         num_threads = grant.num_threads if self._has_settled else self._cores.most_threads
-        self._local.run(step.plan, step.num_micro_batches, num_threads)
+        self._local.begin(step.plan, step.num_micro_batches, num_threads)
         if not self._has_settled:  # the first step is a warm-up that starts every helper thread
             self._cores.settle()
             self._has_settled = True

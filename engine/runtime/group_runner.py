@@ -7,7 +7,6 @@ import torch
 from engine.errors import RankGroupError
 from engine.kv_cache.pool import KvPool
 from engine.models.causal_lm import CausalLM
-from engine.parallel.layout import Axis
 from engine.runtime.followers import Followers
 from engine.runtime.rank_message import ExpertTokens, RankReport, RankTimes, StartCounting, Step
 from engine.runtime.rank_runner import RankRunner
@@ -37,7 +36,6 @@ class GroupRunner:
         """
         self._local = local
         self._followers = followers
-        self._num_stages = local.group.layout.size(Axis.PP)
         self._overhead_tokens = micro_batch_overhead_tokens
         self._num_micro_batches = num_micro_batches
 
@@ -54,6 +52,10 @@ class GroupRunner:
         return self._local.num_data_shards
 
     @property
+    def max_num_plans(self) -> int:
+        return self._local.max_num_plans
+
+    @property
     def times(self) -> list[RankTimes]:
         """Of every rank, the followers' as they last said; any thread may ask."""
         return [report.times for report in self.reports]
@@ -63,16 +65,24 @@ class GroupRunner:
         """By rank, the followers' as they last said; any thread may ask."""
         return [self._local.report, *self._followers.reports]
 
-    def run(self, plan: StepPlan, num_threads: int) -> torch.Tensor:
+    def begin(self, plan: StepPlan, num_threads: int) -> None:
+        layout = self._local.group.layout
         shards = plans_by_shard(plan, self.num_data_shards, self.pool.num_blocks)
         num = self._num_micro_batches or best_num_micro_batches(
             max(shard.num_tokens for shard in shards),
-            self._num_stages,
+            layout.pp,
+            layout.interleave,
             overhead_tokens=self._overhead_tokens,
         )
         self._followers.send(Step(plan, num))
         try:
-            return self._local.run(plan, num, num_threads)
+            self._local.begin(plan, num, num_threads)
+        except RankGroupError as error:
+            raise self._followers.explained(error) from error
+
+    def finish(self) -> torch.Tensor:
+        try:
+            return self._local.finish()
         except RankGroupError as error:
             raise self._followers.explained(error) from error
 

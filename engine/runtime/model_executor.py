@@ -30,8 +30,15 @@ class ModelExecutor:
         warm_up(self.runner, max_num_tokens=self._max_num_tokens, num_threads=num_threads)
         self.runner.start_counting()
 
-    def execute(self, plan: StepPlan, drawing: Seq[Sequence], num_threads: int) -> list[DrawnToken]:
-        logits_BV = self.runner.run(plan, num_threads)
+    @property
+    def max_num_plans(self) -> int:
+        return self.runner.max_num_plans
+
+    def begin(self, plan: StepPlan, num_threads: int) -> None:
+        self.runner.begin(plan, num_threads)
+
+    def finish(self, drawing: Seq[Sequence]) -> list[DrawnToken]:
+        logits_BV = self.runner.finish()
         if not drawing:
             if logits_BV.device.type == "cuda":  # KV is announced as computed after this
                 torch.cuda.synchronize(logits_BV.device)

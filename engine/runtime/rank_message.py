@@ -94,9 +94,10 @@ class RankTimes(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     rank: int
     num_steps: int = 0
     step_s: float = 0.0
-    """From the plan's arrival until this rank's part was done."""
+    """From each plan's arrival until this rank's part was done; of rank 0, while any plan is in
+    flight."""
     busy_s: float = 0.0
-    """Of it: not waiting for another pipeline stage."""
+    """Of it: not waiting for another pipeline stage or data shard."""
     communication_s: float = 0.0
     """Of it: in collectives, waiting included."""
     communication_bytes: int = 0

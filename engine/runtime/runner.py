@@ -4,7 +4,7 @@ Shape suffixes: T tokens of this step, B sequences, W blocks per sequence, D mod
 V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Protocol
@@ -17,6 +17,7 @@ from engine.kv_cache.pool import KvPool
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import AxisGroup
 from engine.runtime.rank_message import ExpertTokens
+from engine.scheduling.micro_batch import pass_order
 from engine.scheduling.sequence_split import sequence_shares
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
@@ -38,10 +39,17 @@ class StepRunner(Protocol):
 
     @property
     def num_data_shards(self) -> int:
-        """Each has a pool like this rank's; plans count blocks over all of them."""
+        """Block ids of plans count over so many pools."""
 
-    def run(self, plan: StepPlan, num_threads: int) -> torch.Tensor:
-        """Compute the plan's chunks; returns logits_BV, float32, one row a drawing chunk."""
+    @property
+    def max_num_plans(self) -> int:
+        """How many may have begun and not be finished."""
+
+    def begin(self, plan: StepPlan, num_threads: int) -> None:
+        """Start on a plan; may compute this rank's part of it before it returns."""
+
+    def finish(self) -> torch.Tensor:
+        """The earliest plan that has begun: logits_BV, float32, one row a drawing chunk."""
 
     @property
     def expert_tokens(self) -> list[ExpertTokens]:
@@ -58,11 +66,14 @@ class StepRunner(Protocol):
 
 
 class ModelRunner:
-    """Owns the model and the KV pool of one rank; one step at a time, on one thread.
+    """Owns the model and the KV pool of one rank; one plan at a time, on one thread.
 
     Every rank of a worker runs the same plans in the same order. A stage of a pipeline works as
     soon as the stage before has sent, so that stages work on different plans at the same time.
     """
+
+    num_data_shards = 1
+    max_num_plans = 1
 
     def __init__(
         self,
@@ -73,50 +84,82 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.pool = pool
-        self.num_data_shards = 1
         self._device = device
         self._pipeline = pipeline or AxisGroup()
+        self._begun: torch.Tensor | None = None
+
+    def begin(self, plan: StepPlan, num_threads: int) -> None:
+        """Compute a plan on a worker of one rank."""
+        self._begun = self.run((plan,), 1, num_threads)
+
+    def finish(self) -> torch.Tensor:
+        assert self._begun is not None, "nothing has begun"
+        logits_BV, self._begun = self._begun, None
+        return logits_BV
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan, num_threads: int) -> torch.Tensor:
-        """Compute the plan's chunks; returns logits_BV, float32, one row a drawing chunk.
+    def run(self, plans: Sequence[StepPlan], num_passes: int, num_threads: int) -> torch.Tensor:
+        """Compute micro-batches on this stage; returns logits_BV, float32, a row a drawing chunk.
 
         On CUDA the result is still being computed when this returns. Stages before the last one
-        return no rows, and neither do ranks of the sequence axis after the first, where the plan
+        return no rows, and neither do ranks of the sequence axis after the first, where a plan
         is split among them.
+
+        Args:
+            plans: at most `num_passes`, in order.
+            num_passes: micro-batches of the data shard with the most. While this one has none, it
+                takes part in the experts' exchange. Sends and receives come in `pass_order`.
+            num_threads: see `begin`.
         """
+        pipeline, num_ranges = self._pipeline, self.model.num_ranges
+        batches: dict[int, tuple[StepPlan, StepBatch]] = {}
+        logits: list[torch.Tensor] = []
+        for index, range_index in pass_order(num_passes, pipeline.size, num_ranges):
+            if index >= len(plans):
+                self.model.serve(self._device, range_index)
+                continue
+            if range_index == 0:
+                batches[index] = self._batch(plans[index], num_threads)
+            plan, batch = batches[index]
+            is_first = self.model.is_first_stage and range_index == 0
+            is_last = self.model.is_last_stage and range_index == num_ranges - 1
+            residual_TD = None if is_first else self._received(len(batch.token_T))
+            hidden_TD = self.model.forward(batch, self.pool, residual_TD, range_index)
+            if not is_last:
+                pipeline.send(hidden_TD, (pipeline.rank + 1) % pipeline.size)
+            elif any(chunk.is_drawing for chunk in plan.chunks):
+                logits.append(self._logits(hidden_TD, plan, batch))
+            if range_index == num_ranges - 1:
+                del batches[index]
+        if not logits:
+            return torch.empty((0, 0), dtype=torch.float32, device=self._device)
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _batch(self, plan: StepPlan, num_threads: int) -> tuple[StepPlan, StepBatch]:
+        """This rank's share of a plan, packed."""
         block_size, sequence = self.pool.layout.block_size_tokens, self.model.sequence
         shares = sequence_shares(plan, sequence.size)
         plan = plan if shares is None else shares[sequence.rank]
         batch = step_batch(plan, block_size, self._device, num_threads)
         if shares is not None:
             batch = replace(batch, split=_sequence_split(shares, block_size, self._device))
-        hidden_TD = self.model.forward(batch, self.pool, self._received(len(batch.token_T)))
-        if not self.model.is_last_stage:
-            self._pipeline.send(hidden_TD, self._pipeline.rank + 1)
-            return hidden_TD.new_empty((0, 0), dtype=torch.float32)
-        ends = list(accumulate(batch.query_lens))
+        return plan, batch
+
+    def _logits(self, hidden_TD: torch.Tensor, plan: StepPlan, batch: StepBatch) -> torch.Tensor:
+        ends = accumulate(batch.query_lens)
         rows = [end - 1 for end, chunk in zip(ends, plan.chunks, strict=True) if chunk.is_drawing]
-        if not rows:
-            return hidden_TD.new_empty((0, 0), dtype=torch.float32)
         if len(rows) < hidden_TD.shape[0]:
             hidden_TD = hidden_TD[_to_device(np.array(rows, dtype=np.int64), self._device)]
         return self.model.logits(hidden_TD)
 
-    def serve(self) -> None:
-        """Take part in a `run` of other ranks while this one's data shard has no tokens."""
-        self.model.serve(self._device)
-
-    def _received(self, num_tokens: int) -> torch.Tensor | None:
-        """The residual from the stage before."""
-        if self.model.is_first_stage:
-            return None
+    def _received(self, num_tokens: int) -> torch.Tensor:
+        """The residual from the stage before, or from the last one for the next range."""
         residual_TD = torch.empty(
             (num_tokens, self.model.config.hidden_size),
             dtype=self.model.dtype,
             device=self._device,
         )
-        return self._pipeline.receive(residual_TD, self._pipeline.rank - 1)
+        return self._pipeline.receive(residual_TD, (self._pipeline.rank - 1) % self._pipeline.size)
 
     @property
     def expert_tokens(self) -> list[ExpertTokens]:

@@ -38,7 +38,8 @@ def _run(runner: StepRunner, query_lens: list[int], *, num_threads: int) -> None
             next_block += num_blocks
             name = f"warm-up-{shard}-{index}"
             chunks.append(ScheduledChunk(name, 0, (0,) * num_new, blocks, num_new, is_drawing=True))
-    logits_BV = runner.run(StepPlan(tuple(chunks)), num_threads)
+    runner.begin(StepPlan(tuple(chunks)), num_threads)
+    logits_BV = runner.finish()
     for params in (SamplingParams(temperature=0.0), SamplingParams(top_p=0.9)):
         rows = [
             SampleRow(

@@ -3,32 +3,68 @@
 With `s` stages and `m` equal micro-batches a step takes m + s - 1 stage times, of which each stage
 computes in m: the others, (s - 1) / (m + s - 1) of the step, are the bubble.
 
-Source: GPipe (Huang et al., 2019), section 2.3.
+With `v` layer ranges on each stage (interleaved) a micro-batch goes round v times; a pass over one
+range takes 1 / v of a stage time, and while m is a multiple of s the bubble is
+(s - 1) / (v m + s - 1).
+
+Source: GPipe (Huang et al., 2019), section 2.3; interleaved stages: Narayanan et al., 2021
+(Megatron-LM), section 2.2.
 """
 
-import math
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
 
-def best_num_micro_batches(num_tokens: int, num_stages: int, *, overhead_tokens: int) -> int:
+def num_pass_times(num_micro_batches: int, num_stages: int, num_ranges: int = 1) -> int:
+    """Times of one pass over a range from the first stage's start to the last stage's end."""
+    missing = -num_micro_batches % num_stages  # to a full group, see `pass_order`
+    return num_ranges * num_micro_batches + num_stages - 1 + (num_ranges - 1) * missing
+
+
+def bubble_share(num_micro_batches: int, num_stages: int, num_ranges: int = 1) -> float:
+    """Of a step's time on all stages: waiting for each other, where micro-batches are alike."""
+    total = num_pass_times(num_micro_batches, num_stages, num_ranges)
+    return (total - num_ranges * num_micro_batches) / total
+
+
+def pass_order(
+    num_micro_batches: int, num_stages: int, num_ranges: int = 1
+) -> Iterator[tuple[int, int]]:
+    """In which order every stage computes: groups of as many micro-batches as stages go round.
+
+    So when the last stage has computed a range for the first of a group, the first stage is done
+    with all of the group.
+
+    Yields:
+        Micro-batch, range.
+    """
+    for first in range(0, num_micro_batches, num_stages):
+        group = range(first, min(first + num_stages, num_micro_batches))
+        for index in range(num_ranges):
+            for micro_batch in group:
+                yield micro_batch, index
+
+
+@lru_cache(maxsize=4096)
+def best_num_micro_batches(
+    num_tokens: int, num_stages: int, num_ranges: int = 1, *, overhead_tokens: int
+) -> int:
     """How many micro-batches end a step of `num_tokens` tokens soonest.
 
     A stage takes as long for a micro-batch as for its tokens and `overhead_tokens` more, which
-    stand for one pass over the weights. So m micro-batches take
-    (m + s - 1) * (num_tokens / m + overhead_tokens), least at
+    stand for one pass over the weights. With one range that is least near
     m = sqrt((s - 1) * num_tokens / overhead_tokens).
     """
-    if num_stages == 1 or num_tokens <= 1:
+    if num_stages == 1:
         return 1
 
     def cost(num: int) -> float:
-        return (num + num_stages - 1) * (num_tokens / num + overhead_tokens)
+        return num_pass_times(num, num_stages, num_ranges) * (num_tokens / num + overhead_tokens)
 
-    near = math.sqrt((num_stages - 1) * num_tokens / overhead_tokens)
-    low = min(max(1, math.floor(near)), num_tokens)
-    return min((low, min(low + 1, num_tokens)), key=cost)
+    return min(range(1, num_tokens + 1), key=cost)
 
 
 def cut_into_micro_batches(plan: StepPlan, num: int) -> tuple[StepPlan, ...]:

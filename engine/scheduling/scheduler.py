@@ -1,7 +1,10 @@
 """Continuous batching over paged KV blocks: which tokens each step computes.
 
 Pure bookkeeping: no torch, no asyncio, no clock. A step is `plan = schedule(...)`, one forward
-pass of somebody else, `commit(plan, drawn, ...)`.
+pass of somebody else, `commit(plan, drawn, ...)`. Where the stages of a pipeline compute several
+plans at a time, `schedule` is called again before `commit`: a sequence's next prompt chunk may
+follow at once, its next token only when the last one is drawn, and what a plan in flight writes to
+is neither preempted nor ended.
 
 * Decoding sequences come first, one token each; the rest of the token budget goes to prefill in
   chunks, in order of arrival. Chunk borders inside a prompt are multiples of the block size.
@@ -53,13 +56,26 @@ class Scheduler:
         has_prefix_cache: bool = True,
         hash_salt_of: Callable[[int], int] = lambda _num_prompt_tokens: 0,
         first_block_id: int = 0,
+        max_num_plans: int = 1,
     ) -> None:
+        """Put a scheduler together.
+
+        Args:
+            limits: of the engine.
+            max_num_sequences: in one plan, and running.
+            eos_token_ids: end an answer.
+            has_prefix_cache: whether full blocks are kept for other sequences.
+            hash_salt_of: see `Sequence.hash_salt`; from the number of prompt tokens.
+            first_block_id: the blocks' ids count from it.
+            max_num_plans: that are in flight at a time; decoding sequences are dealt out to them.
+        """
         self.limits = limits
         self.block_pool = BlockPool(limits.num_blocks, first_block_id)
         self.max_num_sequences = max_num_sequences
         self.eos_token_ids = eos_token_ids
         self.has_prefix_cache = has_prefix_cache
         self.hash_salt_of = hash_salt_of
+        self.max_num_plans = max_num_plans
         self.num_preemptions = 0
         self.num_prefill_tokens = 0
         self.num_decode_tokens = 0
@@ -93,6 +109,11 @@ class Scheduler:
     def num_blocks(self) -> int:
         return self.block_pool.num_blocks
 
+    def is_in_flight(self, request_id: str) -> bool:
+        """Whether a plan that is not committed has tokens of it."""
+        sequence = self._sequences.get(request_id)
+        return sequence is not None and sequence.is_in_flight
+
     @property
     def num_sequences(self) -> int:
         return len(self._sequences)
@@ -118,7 +139,7 @@ class Scheduler:
     @property
     def is_decoding(self) -> bool:
         """Whether sequences wait for their next token, not for their first."""
-        return bool(self._ready) or any(s.has_drawn or s.num_behind == 1 for s in self._running)
+        return bool(self._ready) or any(s.has_drawn or _is_one_behind(s) for s in self._running)
 
     @property
     def min_num_batched_tokens(self) -> int:
@@ -170,13 +191,16 @@ class Scheduler:
         return self._join(request.request_id)
 
     def abort(self, request_id: str) -> int:
-        """End a sequence and its reservation in any state; returns the blocks freed."""
+        """End a sequence and its reservation in any state; returns the blocks freed.
+
+        No plan in flight may have tokens of it.
+        """
         num_freed = self._drop_reservation(request_id)
         sequence = self._sequences.get(request_id)
         return num_freed if sequence is None else num_freed + self._end(sequence)
 
     def release(self, request_id: str) -> int:
-        """Free a PREFILL sequence's blocks, in whichever state it is."""
+        """Free a PREFILL sequence's blocks, in whichever state it is; as with `abort`."""
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.mode is not SequenceMode.PREFILL:
             return 0
@@ -282,6 +306,8 @@ class Scheduler:
     ) -> tuple[StepPlan, list[tuple[str, Reservation]]]:
         """Plan the next step; an empty plan means that nothing can run until something changes.
 
+        Tokens in the plan are in flight until `commit`.
+
         Args:
             max_num_batched_tokens: bound on the step's tokens, at least `min_num_batched_tokens`.
             now_ns: marks the first step of each sequence.
@@ -310,6 +336,7 @@ class Scheduler:
             granted += self._granted_before(None)
         for chunk in chunks:
             scheduled = self._sequences[chunk.request_id]
+            scheduled.num_planned_tokens += len(chunk.token_ids)
             if scheduled.scheduled_ns is None:
                 scheduled.scheduled_ns = now_ns
         return StepPlan(tuple(chunks)), granted
@@ -318,7 +345,7 @@ class Scheduler:
         """Book a computed step.
 
         Args:
-            plan: what `schedule` answered last; nothing was submitted or ended in between.
+            plan: the earliest of what `schedule` answered that is not committed.
             drawn: one for each drawing chunk, in their order.
             now_ns: when the step's results were there.
         """
@@ -353,24 +380,30 @@ class Scheduler:
     # Planning.
 
     def _plan_decode(self) -> list[ScheduledChunk]:
-        """One token of each sequence that is one behind, preempting the latest for blocks."""
-        chunks: list[ScheduledChunk] = []
-        index = 0
-        while index < len(self._running):
-            sequence = self._running[index]
-            if sequence.num_behind == 1:
-                if not self._grow(sequence):
-                    continue  # it was preempted itself: the list is shorter now
-                chunks.append(self._chunk(sequence, 1))
-            index += 1
-        return chunks
+        """One token of each sequence that is one behind, preempting the latest for blocks.
+
+        Plans in flight share the sequences evenly.
+        """
+        num_decoding = sum(1 for sequence in self._running if _is_one_behind(sequence))
+        most = -(-num_decoding // self.max_num_plans)
+        return [
+            self._chunk(sequence, 1)
+            for sequence in [s for s in self._running if s.num_behind == 1][:most]
+            if sequence.state is SequenceState.RUNNING and self._grow(sequence)
+        ]
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Make room for the KV of the newest token; False when `sequence` had to give way."""
+        """Make room for the KV of the newest token; False when `sequence` had to give way.
+
+        Where a later arrival is in flight, `sequence` keeps its blocks and waits for a later plan.
+        """
         if self.limits.num_blocks_for(sequence.num_tokens) <= len(sequence.block_ids):
             return True
         while self.block_pool.num_free == 0:
-            victim = next(s for s in reversed(self._running) if s.mode in _GROWING_MODES)
+            latest = [s for s in reversed(self._running) if s.mode in _GROWING_MODES]
+            victim = next(s for s in latest if not s.is_in_flight)
+            if victim is sequence and victim is not latest[0]:
+                return False
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -383,7 +416,7 @@ class Scheduler:
         self._running.remove(sequence)
         self.block_pool.release(sequence.block_ids)
         sequence.block_ids = []
-        sequence.num_computed_tokens = 0
+        sequence.begin_at(0)
         sequence.num_registered_blocks = 0
         sequence.is_prefilled_locally = True
         sequence.move_to(SequenceState.WAITING)
@@ -393,14 +426,14 @@ class Scheduler:
         """Add the next chunk of at most `budget` tokens; returns its length, which may be 0."""
         num_new = min(budget, sequence.num_behind)
         if num_new < sequence.num_behind:
-            end = sequence.num_computed_tokens + num_new
+            end = sequence.num_planned_tokens + num_new
             num_new -= end % self.limits.block_size_tokens
         if num_new > 0:
             chunks.append(self._chunk(sequence, num_new))
         return max(num_new, 0)
 
     def _chunk(self, sequence: Sequence, num_new: int) -> ScheduledChunk:
-        start = sequence.num_computed_tokens
+        start = sequence.num_planned_tokens
         return ScheduledChunk(
             sequence.request_id,
             start,
@@ -453,7 +486,8 @@ class Scheduler:
         allocated = self._allocate(sequence.num_tokens, usable)
         if allocated is None:
             return False
-        sequence.block_ids, sequence.num_computed_tokens = allocated
+        sequence.block_ids, num_cached_tokens = allocated
+        sequence.begin_at(num_cached_tokens)
         sequence.num_registered_blocks = (
             sequence.num_computed_tokens // self.limits.block_size_tokens
         )
@@ -502,7 +536,7 @@ class Scheduler:
             return [ErrorEvent(request_id, error)]
         del self._reservations[request_id]
         sequence.block_ids = reservation.block_ids
-        sequence.num_computed_tokens = sequence.num_tokens
+        sequence.begin_at(sequence.num_tokens)
         sequence.num_cached_tokens = reservation.num_cached_tokens
         sequence.is_prefilled_locally = False
         sequence.arrived_ns = reservation.committed_ns
@@ -574,6 +608,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> int:
         """Forget a sequence; returns the blocks freed."""
+        assert not sequence.is_in_flight, f"{sequence.request_id} is being computed"
         del self._sequences[sequence.request_id]
         if sequence.state is SequenceState.RUNNING:
             self._running.remove(sequence)
@@ -600,3 +635,8 @@ class Scheduler:
     def _take_ordinal(self) -> int:
         self._next_ordinal += 1
         return self._next_ordinal
+
+
+def _is_one_behind(sequence: Sequence) -> bool:
+    """Whether its next token needs one more only, which may be in flight."""
+    return sequence.num_tokens - sequence.num_computed_tokens == 1

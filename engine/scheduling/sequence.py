@@ -33,7 +33,10 @@ ALLOWED_MOVES = {
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens, blocks and progress; [0, num_computed_tokens) of the tokens have their KV."""
+    """Tokens, blocks and progress; [0, num_computed_tokens) of the tokens have their KV.
+
+    [num_computed_tokens, num_planned_tokens) are in plans that are being computed.
+    """
 
     request: Request
     mode: SequenceMode
@@ -47,6 +50,7 @@ class Sequence:
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_planned_tokens: int = 0
     num_registered_blocks: int = 0
     num_announced_tokens: int = 0
     num_cached_tokens: int = 0
@@ -73,8 +77,17 @@ class Sequence:
 
     @property
     def num_behind(self) -> int:
-        """Tokens to compute before the next one can be drawn; more than one is prefill."""
-        return len(self.token_ids) - self.num_computed_tokens
+        """Tokens to plan before the next one can be drawn; more than one is prefill."""
+        return len(self.token_ids) - self.num_planned_tokens
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a plan with tokens of it is being computed: its blocks are written to."""
+        return self.num_planned_tokens > self.num_computed_tokens
+
+    def begin_at(self, num_tokens: int) -> None:
+        """Let so many leading tokens be computed, and nothing be in flight."""
+        self.num_computed_tokens = self.num_planned_tokens = num_tokens
 
     def move_to(self, state: SequenceState) -> None:
         assert state in ALLOWED_MOVES[self.state], f"{self.request_id}: {self.state} -> {state}"

@@ -31,6 +31,7 @@ class ShardedScheduler:
         eos_token_ids: frozenset[int],
         has_prefix_cache: bool = True,
         hash_salt_of: Callable[[int], int] = lambda _num_prompt_tokens: 0,
+        max_num_plans: int = 1,
     ) -> None:
         self.limits = limits
         self.shards = tuple(
@@ -41,6 +42,7 @@ class ShardedScheduler:
                 has_prefix_cache=has_prefix_cache,
                 hash_salt_of=hash_salt_of,
                 first_block_id=shard * limits.num_blocks,
+                max_num_plans=max_num_plans,
             )
             for shard in range(limits.num_data_shards)
         )
@@ -49,6 +51,9 @@ class ShardedScheduler:
 
     def sequence(self, request_id: str) -> Sequence:
         return self._holder(request_id).sequence(request_id)
+
+    def is_in_flight(self, request_id: str) -> bool:
+        return self._holder(request_id).is_in_flight(request_id)
 
     @property
     def num_running(self) -> int:

@@ -21,6 +21,8 @@ from mesh.server import listening
 from protos.isthmus.v1 import kv_rank_pb2 as pb
 from protos.isthmus.v1 import kv_rank_pb2_grpc as pb_grpc
 
+SERVICE_NAME = "isthmus.v1.KvRankService"
+
 
 @dataclass(frozen=True, slots=True)
 class _OpenLink:
@@ -175,7 +177,9 @@ async def serving_rank(
         pb_grpc.add_KvRankServiceServicer_to_server(servicer, server)
 
     try:
-        async with listening(add, address=address, drain_grace_s=0) as port:
+        async with listening(
+            add, address=address, drain_grace_s=0, service_names=[SERVICE_NAME]
+        ) as port:
             yield port
     finally:
         await servicer.close()

@@ -108,6 +108,41 @@ def test_random_calls_give_what_torch_gives(num_ranks: int, config: CollectivesC
     assert all(calls == made[0] for calls in made)
 
 
+def send_both_ways_first(group: RankGroup, num_messages: int, num_items: int) -> list[float]:
+    """Every rank sends all before it receives any, more than lies between two ranks."""
+    axis = group.axes.tp
+    after, before = (axis.rank + 1) % axis.size, (axis.rank - 1) % axis.size
+    for index in range(num_messages):
+        axis.send(torch.full((num_items,), float(10 * axis.rank + index)), after)
+    found = [torch.empty(num_items) for _ in range(num_messages)]
+    for x in found:
+        axis.receive(x, before)
+    assert all(bool((x == x[0]).all()) for x in found)
+    axis.barrier()
+    return [float(x[0]) for x in found]
+
+
+@pytest.mark.parametrize("config", [pytest.param(SMALL, id="shm"), pytest.param(TCP, id="gloo")])
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_send_does_not_wait_for_its_receiver(num_ranks: int, config: CollectivesConfig) -> None:
+    found = run_ranks(num_ranks, send_both_ways_first, 3, 200_000, config=config)
+    expected = [[10.0 * ((r - 1) % num_ranks) + i for i in range(3)] for r in range(num_ranks)]
+    assert found == expected
+
+
+def send_and_leave(group: RankGroup) -> float:
+    """Rank 0 is gone before rank 1 has room for all of it."""
+    x = torch.full((100_000,), 7.0)
+    if group.rank == 0:
+        group.axes.tp.send(x, 1)
+        return 7.0
+    return float(group.axes.tp.receive(torch.empty_like(x), 0).mean())
+
+
+def test_what_was_sent_comes_though_the_sender_leaves() -> None:
+    assert run_ranks(2, send_and_leave, config=SMALL) == [7.0, 7.0]
+
+
 def transports(group: RankGroup) -> dict[str, str]:
     return {axis.value: name for axis, name in group.transports.items()}
 

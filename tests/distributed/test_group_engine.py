@@ -61,6 +61,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_experts_per_tok=2,
         moe_intermediate_size=40,
         shared_expert_intermediate_size=56,
+        num_hidden_layers=4,
     )
 
 
@@ -80,7 +81,10 @@ def answers_of_group(group: RankGroup, path: str, settings: dict[str, Any]) -> d
     }
 
 
-@pytest.mark.parametrize("layout", ["tp=2", "tp=3", "pp=2", "tp=2,pp=2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["tp=2", "tp=3", "pp=2", "pp=3", "tp=2,pp=2", "pp=2,interleave=2", "tp=2,pp=2,interleave=2"],
+)
 def test_ranks_draw_the_tokens_of_one(
     layout: str, checkpoint: Path, expected: dict[str, list[int]]
 ) -> None:
@@ -92,7 +96,7 @@ def test_ranks_draw_the_tokens_of_one(
 @pytest.mark.parametrize(
     "layout",
     ["dp=2", "ep=2", "ep=4", "dp=3,ep=3", "tp=2,dp=2,ep=2", "tp=2,dp=2,ep=4", "pp=2,dp=2,ep=2",
-     "sp=2,dp=2,ep=4"],
+     "pp=2,interleave=2,dp=2,ep=2", "sp=2,dp=2,ep=4"],
 )  # fmt: skip
 def test_data_shards_draw_the_tokens_of_one_rank(layout: str, mixture: Path) -> None:
     """Eight prompts are shared out; shards have none, some, or the last sequences to end."""

@@ -20,6 +20,7 @@ from engine.kv_cache.pool import KvPool
 from engine.models.build import load_model
 from engine.parallel import CollectivesConfig, RankGroup
 from engine.runtime.runner import ModelRunner
+from engine.scheduling.micro_batch import cut_into_micro_batches
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 from tests.checkpoints import VOCAB_SIZE, tiny_checkpoint
 from tests.distributed.ranks import run_ranks
@@ -59,7 +60,9 @@ CASES = {
     "llama": Case("llama", WIDE),
     "llama-bias": Case("llama", {**WIDE, "attention_bias": True, "mlp_bias": True}),
     "llama-uneven": Case("llama", {**UNEVEN, "num_hidden_layers": 5}),
-    "llama-uneven-tied": Case("llama", {**UNEVEN, "tie_word_embeddings": True}),
+    "llama-uneven-tied": Case(
+        "llama", {**UNEVEN, "tie_word_embeddings": True, "num_hidden_layers": 4}
+    ),
     "qwen2": Case("qwen2", WIDE),
     "qwen2-tied": Case("qwen2", {**UNEVEN, "tie_word_embeddings": True}),
     "qwen3": Case("qwen3", {**WIDE, "num_key_value_heads": 4}),
@@ -95,6 +98,7 @@ LAYOUTS = {
     "llama": (
         "tp=2", "tp=3", "tp=4", "tp=8", "pp=2", "pp=3", "pp=4", "pp=8",
         "tp=2,pp=2", "tp=3,pp=2", "tp=2,pp=3", "tp=2,pp=4", "tp=4,pp=2",
+        "pp=2,interleave=2", "pp=2,interleave=4", "pp=4,interleave=2", "tp=2,pp=2,interleave=2",
         "sp=2", "sp=3", "sp=4", "tp=2,sp=2", "sp=2,pp=2", "tp=2,sp=2,pp=2", "tp=2,sp=4",
     ),
     "llama-bias": ("tp=2", "tp=3", "tp=2,pp=2"),
@@ -102,13 +106,13 @@ LAYOUTS = {
         "sp=2", "tp=2,sp=2",
         "tp=2", "tp=3", "tp=4", "tp=5", "tp=6", "tp=7", "tp=8", "tp=9", "pp=5", "tp=3,pp=2",
     ),
-    "llama-uneven-tied": ("tp=2", "pp=2", "pp=3", "tp=2,pp=2"),
+    "llama-uneven-tied": ("tp=2", "pp=2", "pp=2,interleave=2", "pp=3", "tp=2,pp=2"),
     "qwen2": ("tp=2", "tp=3", "tp=4", "pp=2", "tp=2,pp=2"),
     "qwen2-tied": ("tp=2", "tp=4", "pp=2", "tp=2,pp=3"),
     "qwen3": ("sp=2", "tp=2", "tp=3", "tp=4", "pp=3", "tp=2,pp=2"),
     "mistral-window": ("sp=2", "tp=3,sp=2", "tp=2", "tp=3", "tp=4", "pp=2", "tp=2,pp=4"),
     "gemma2": ("tp=2", "tp=3", "pp=3", "tp=2,pp=2"),
-    "gemma3": ("sp=3", "tp=3", "pp=4", "tp=2,pp=2"),
+    "gemma3": ("sp=3", "pp=2,interleave=2", "tp=3", "pp=4", "tp=2,pp=2"),
     "phi3": ("tp=2", "tp=4", "pp=2", "tp=3,pp=2"),
     "olmo2": ("tp=2", "tp=3", "tp=4", "pp=2", "tp=3,pp=2"),
     "mixtral": (
@@ -166,6 +170,7 @@ class Steps:
         self.drawing_rank = (group.layout.pp - 1) * group.layout.tp * group.layout.sp
         """Of the first data shard."""
         self.runner = ModelRunner(model, pool, CPU, group.axes.pp)
+        self.num_micro_batches = 1 if model.num_ranges == 1 else 3
         order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1)).tolist()
         self.blocks = (tuple(order[::2]), tuple(order[1::2]))
 
@@ -187,9 +192,11 @@ class Steps:
             for sequence, first, tokens in parts
             if sequence % self.data.size == self.data.rank
         ]
-        if not chunks:
-            self.runner.serve()
-        own_BV = self.runner.run(StepPlan(tuple(chunks)), 1) if chunks else torch.empty(0, 0)
+        batches: tuple[StepPlan, ...] = ()
+        if chunks:
+            batches = cut_into_micro_batches(StepPlan(tuple(chunks)), self.num_micro_batches)
+        num_passes = len(batches) if self.data.size == 1 else self.num_micro_batches
+        own_BV = self.runner.run(batches, num_passes, 1)
         return own_BV if self.data.size == 1 else self.shared(own_BV, [part[0] for part in parts])
 
     def shared(self, own_BV: torch.Tensor, sequences: Sequence[int]) -> torch.Tensor:
@@ -322,7 +329,7 @@ def test_demo_model_split_equals_one_rank(layout: str, demo_alone: dict[str, Any
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["pp=2", "pp=3"])
+@pytest.mark.parametrize("layout", ["pp=2", "pp=3", "pp=2,interleave=2"])
 def test_stages_change_no_bit(layout: str, dtype: str, checkpoints: dict[str, Any]) -> None:
     """The residual that travels is the one that the next norm would have added up."""
     path, _, _ = checkpoint_of("llama", checkpoints)

@@ -20,8 +20,9 @@ SERVICE_OF = {
     **dict.fromkeys(("decode.queue", "decode.first_step", "decode"), "isthmus-decode"),
 }
 """The process that each span comes from, by the span's name."""
-PROMPT = "The isthmus " * 200
-NUM_TOKENS = 48
+TEXTS = ("The isthmus ", "A narrow strip ", "Between two seas ")
+"""Of a prompt each, many times over, so that it takes several chunks and none is in the cache."""
+NUM_TIMES, NUM_TOKENS = 400, 48
 
 
 def uncovered_share(root: Span, others: list[Span]) -> float:
@@ -36,16 +37,16 @@ def uncovered_share(root: Span, others: list[Span]) -> float:
     return 1 - covered_ns / (root.end_time_unix_nano - root.start_time_unix_nano)
 
 
-async def ask_http(mesh: MeshProcess, traceparent: str) -> None:
-    body = {"prompt": PROMPT, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+async def ask_http(mesh: MeshProcess, text: str, traceparent: str) -> None:
+    body = {"prompt": text, "max_tokens": NUM_TOKENS, "ignore_eos": True}
     async with httpx.AsyncClient(base_url=mesh.http, timeout=120) as client:
         headers = {"traceparent": traceparent}
         response = await client.post("/v1/completions", json=body, headers=headers)
         assert response.status_code == 200, response.text
 
 
-async def ask_grpc(mesh: MeshProcess, traceparent: str) -> None:
-    message = pb.ChatMessage(role="user", content="A strait " * 200)
+async def ask_grpc(mesh: MeshProcess, text: str, traceparent: str) -> None:
+    message = pb.ChatMessage(role="user", content=text)
     sampling = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
     request = pb.ChatRequest(messages=[message], sampling=sampling)
     async with open_channel(mesh.grpc) as channel:
@@ -59,9 +60,10 @@ async def test_one_trace_covers_the_request(tmp_path: Path) -> None:
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}"}
         with mesh_process(tmp_path, environment=environment) as mesh:
             traces = []
-            for ask in (ask_http, ask_http, ask_grpc):  # the first one warms the path
+            asks = (ask_http, ask_http, ask_grpc)  # the first one warms the path
+            for ask, text in zip(asks, TEXTS, strict=True):
                 trace_id = os.urandom(16)
-                await ask(mesh, f"00-{trace_id.hex()}-{os.urandom(8).hex()}-01")
+                await ask(mesh, text * NUM_TIMES, f"00-{trace_id.hex()}-{os.urandom(8).hex()}-01")
                 traces.append(collector.wait_for_trace(trace_id, set(SERVICE_OF), timeout_s=30))
         for spans in traces[1:]:
             (root,) = (span for span in spans if span.name == "request")
@@ -70,4 +72,7 @@ async def test_one_trace_covers_the_request(tmp_path: Path) -> None:
             assert {span.span_id for span in spans} >= {
                 span.parent_span_id for span in spans if span is not root
             }
+            by_name = {span.name: span for span in named}
+            transfer, prefill = by_name["kv.transfer"], by_name["prefill"]
+            assert transfer.start_time_unix_nano < prefill.end_time_unix_nano, "pushed as computed"
             assert {s.name: collector.service_of[s.span_id] for s in [root, *named]} == SERVICE_OF

@@ -24,8 +24,7 @@ from engine.runtime.engine_thread import EngineThread
 from engine.scheduling.block_hash import block_hashes
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import Sequence as EngineSequence
-from engine.scheduling.step_plan import DrawnToken, StepPlan
+from engine.scheduling.step_plan import StepPlan
 from kv_transfer.config import DataPlane, TransferConfig
 from kv_transfer.prefix.engine import FetchingEngine
 from kv_transfer.prefix.fetcher import PrefixFetcher
@@ -80,9 +79,7 @@ class WritingExecutor(FakeExecutor):
         self.scheduler: Scheduler | None = None
         self._memory = memory
 
-    def execute(
-        self, plan: StepPlan, drawing: Sequence[EngineSequence], num_threads: int
-    ) -> list[DrawnToken]:
+    def begin(self, plan: StepPlan, num_threads: int) -> None:
         assert self.scheduler is not None
         for chunk in plan.chunks:
             token_ids = self.scheduler.sequence(chunk.request_id).token_ids
@@ -90,7 +87,7 @@ class WritingExecutor(FakeExecutor):
                 index, slot = divmod(chunk.first_position + offset, SIZE)
                 value = kv_byte(token_ids, chunk.first_position + offset)
                 self._memory.blocks()[chunk.block_ids[index], :, :, :, slot] = value
-        return super().execute(plan, drawing, num_threads)
+        super().begin(plan, num_threads)
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
 """An Engine without a model: the fake engine's tokens, and a gate that tests hold."""
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -20,7 +21,10 @@ class FakeExecutor:
     `failure` is raised by the next step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_num_plans: int = 1) -> None:
+        self.max_num_plans = max_num_plans
+        self.begun: deque[StepPlan] = deque()
+        self.most_begun = 0
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
@@ -34,12 +38,20 @@ class FakeExecutor:
         if self.warm_up_failure is not None:
             raise self.warm_up_failure
 
-    def execute(self, plan: StepPlan, drawing: Seq[Sequence], num_threads: int) -> list[DrawnToken]:
+    def begin(self, plan: StepPlan, num_threads: int) -> None:
         self.thread_names.add(threading.current_thread().name)
         self.entered.set()
         self.gate.wait()
         if self.failure is not None:
             raise self.failure
+        self.begun.append(plan)
+        self.most_begun = max(self.most_begun, len(self.begun))
+
+    def finish(self, drawing: Seq[Sequence]) -> list[DrawnToken]:
+        plan = self.begun.popleft()
+        assert [chunk.request_id for chunk in plan.chunks if chunk.is_drawing] == [
+            sequence.request_id for sequence in drawing
+        ]
         return [DrawnToken(next_token(sequence.token_ids), None) for sequence in drawing]
 
     def forget(self, request_id: str) -> None:
@@ -53,7 +65,11 @@ class FakeExecutor:
 
 
 def make_engine(
-    *, num_blocks: int = 64, max_num_batched_tokens: int = 64, cores: CoreShare | None = None
+    *,
+    num_blocks: int = 64,
+    max_num_batched_tokens: int = 64,
+    max_num_plans: int = 1,
+    cores: CoreShare | None = None,
 ) -> Engine[FakeExecutor]:
     """An engine that draws `tests.fakes.engine.expected_tokens`."""
     limits = EngineLimits(
@@ -63,8 +79,13 @@ def make_engine(
         block_size_tokens=16,
     )
     return Engine(
-        Scheduler(limits, max_num_sequences=8, eos_token_ids=frozenset()),
-        FakeExecutor(),
+        Scheduler(
+            limits,
+            max_num_sequences=8,
+            eos_token_ids=frozenset(),
+            max_num_plans=max_num_plans,
+        ),
+        FakeExecutor(max_num_plans),
         cores or CoreShare.alone(1),
         max_num_batched_tokens=max_num_batched_tokens,
         shared_step_tokens_per_thread=max_num_batched_tokens // 4,

@@ -9,9 +9,15 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
+    ProtoReflectionDescriptorDatabase,
+)
 
 from engine.errors import (
     InvalidRequestError,
@@ -25,7 +31,7 @@ from kv_transfer.offer import RankOffer, TcpOffer
 from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.rank import convert
 from kv_transfer.rank.remote import RemoteRank
-from kv_transfer.rank.servicer import KvRankServicer
+from kv_transfer.rank.servicer import SERVICE_NAME, KvRankServicer, serving_rank
 from kv_transfer.reshard import num_handover_bytes
 from kv_transfer.sending_rank import Target
 from kv_transfer.slot_ranges import SlotRange
@@ -351,6 +357,22 @@ async def test_a_receiver_that_is_gone_is_not_taken_for_a_dead_rank(deaf_receive
         link = await remote.open_link([target])
         with pytest.raises(PeerUnavailableError, match="data port"):
             await link.write(a_permit()[0], PARTS)
+
+
+async def test_a_rank_says_what_it_serves_and_that_it_does() -> None:
+    def look(port: int) -> None:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            reflected = ProtoReflectionDescriptorDatabase(channel)
+            assert SERVICE_NAME in reflected.get_services()
+            assert DescriptorPool(reflected).FindServiceByName(SERVICE_NAME).methods
+            health = health_pb2_grpc.HealthStub(channel)
+            for name in ("", SERVICE_NAME):
+                answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+                assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    with HostMemory(NUM_BLOCKS) as memory:
+        async with serving_rank(memory, FAST) as port:
+            await asyncio.to_thread(look, port)
 
 
 async def test_a_rank_serves_one_epoch() -> None:

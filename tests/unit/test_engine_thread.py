@@ -95,6 +95,22 @@ async def test_abort_frees_blocks_and_silences_the_request():
         assert await thread.abort("never seen") == 0
 
 
+async def test_answers_are_those_of_one_plan_at_a_time_and_end_while_plans_are_in_flight():
+    """Two plans in flight; a request that is aborted meanwhile gives all of its blocks back."""
+    sink, engine = ListSink(), make_engine(max_num_plans=2, max_num_batched_tokens=32)
+    prompts = [tuple(range(index, 40 + 9 * index)) for index in range(5)]
+    async with EngineThread(engine) as thread:
+        for index, prompt in enumerate(prompts):
+            thread.submit(request(str(index), prompt=prompt, max_tokens=30), LOCAL, sink)
+        thread.submit(request("aborted", max_tokens=500), LOCAL, sink)
+        await sink.wait_for_tokens("aborted", 1)
+        assert await thread.abort("aborted") > 0
+        for index, prompt in enumerate(prompts):
+            assert await sink.wait_until_over(str(index)) == expected_tokens(prompt, 30)
+        assert thread.stats.num_free_blocks == 64
+    assert engine.executor.most_begun == 2
+
+
 @pytest.mark.parametrize("mode", [LOCAL, PREFILL])
 async def test_abort_takes_effect_at_the_end_of_the_step_that_runs(mode):
     """A prompt of three chunks, aborted in the first, is computed no further."""

@@ -3,7 +3,13 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.scheduling.micro_batch import best_num_micro_batches, cut_into_micro_batches
+from engine.scheduling.micro_batch import (
+    best_num_micro_batches,
+    bubble_share,
+    cut_into_micro_batches,
+    num_pass_times,
+    pass_order,
+)
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
 chunk_shapes = st.lists(
@@ -51,15 +57,56 @@ def test_micro_batches_in_order_are_the_plan(shapes: list[tuple[int, int, bool]]
     assert drawing == [chunk.request_id for chunk in plan.chunks if chunk.is_drawing]
 
 
-@given(st.integers(1, 600), st.integers(1, 8), st.integers(1, 100))
-def test_the_best_number_of_micro_batches_is_the_best(
-    num_tokens: int, num_stages: int, overhead_tokens: int
+def simulated_pass_times(num_micro_batches: int, num_stages: int, num_ranges: int) -> int:
+    """End of a step in which each stage computes in `pass_order`, a pass a unit of time."""
+    order = list(pass_order(num_micro_batches, num_stages, num_ranges))
+    done: dict[tuple[int, int, int], int] = {}
+    free = [0] * num_stages
+    for _ in range(len(order) * num_stages):
+        for stage in range(num_stages):
+            for micro_batch, index in order:
+                if (stage, micro_batch, index) in done:
+                    continue
+                before = (stage - 1, micro_batch, index)
+                if stage == 0:
+                    before = (num_stages - 1, micro_batch, index - 1)
+                if before in done or (stage, index) == (0, 0):
+                    free[stage] = max(free[stage], done.get(before, 0)) + 1
+                    done[stage, micro_batch, index] = free[stage]
+                break
+    assert len(done) == len(order) * num_stages
+    return max(done.values())
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 4))
+def test_a_step_takes_as_many_pass_times_as_said(
+    num_micro_batches: int, num_stages: int, num_ranges: int
 ) -> None:
-    best = best_num_micro_batches(num_tokens, num_stages, overhead_tokens=overhead_tokens)
+    order = list(pass_order(num_micro_batches, num_stages, num_ranges))
+    assert len(set(order)) == len(order) == num_micro_batches * num_ranges
+    found = simulated_pass_times(num_micro_batches, num_stages, num_ranges)
+    assert found == num_pass_times(num_micro_batches, num_stages, num_ranges)
+
+
+def test_the_bubble_is_that_of_the_formula() -> None:
+    assert bubble_share(4, 2) == 1 / 5
+    assert bubble_share(4, 2, 2) == 1 / 9
+    assert bubble_share(1, 2) == bubble_share(1, 2, 4) == 1 / 2
+    assert bubble_share(7, 1) == 0
+
+
+@given(st.integers(1, 600), st.integers(1, 8), st.integers(1, 4), st.integers(1, 100))
+def test_the_best_number_of_micro_batches_is_the_best(
+    num_tokens: int, num_stages: int, num_ranges: int, overhead_tokens: int
+) -> None:
+    best = best_num_micro_batches(
+        num_tokens, num_stages, num_ranges, overhead_tokens=overhead_tokens
+    )
     assert 1 <= best <= num_tokens
 
     def cost(num: int) -> float:
-        return (num + num_stages - 1) * (num_tokens / num + overhead_tokens)
+        time = num_pass_times(num, num_stages, num_ranges)
+        return time * (num_tokens / num + overhead_tokens)
 
     assert cost(best) <= min(cost(num) for num in range(1, num_tokens + 1)) * (1 + 1e-12)
 

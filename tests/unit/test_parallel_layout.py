@@ -17,6 +17,7 @@ from engine.parallel import Axis, ParallelAxes, ParallelLayout, RankEnvironment,
         ("tp=2,ep=2", ParallelLayout(tp=2, ep=2)),
         ("tp=4,ep=2", ParallelLayout(tp=4, ep=2)),
         ("sp=2,ep=2", ParallelLayout(sp=2, ep=2)),
+        ("pp=2,interleave=3", ParallelLayout(pp=2, interleave=3)),
     ],
 )
 def test_a_layout_is_read_from_text(text: str, layout: ParallelLayout) -> None:
@@ -29,6 +30,7 @@ def test_a_layout_is_read_from_text(text: str, layout: ParallelLayout) -> None:
     [
         ("tp", "'tp' in 'tp' is not <axis>=<ranks>"),
         ("tq=2", "axis of tp, pp, ep, sp, dp"),
+        ("tp=2,interleave=2", "interleave=2 needs a pipeline"),
         ("tp=2,tp=4", "tp stands twice"),
         ("tp=two", "whole number of ranks, got 'two'"),
         ("tp=-1", "whole number of ranks, got '-1'"),

@@ -85,7 +85,8 @@ def test_stages_are_as_even_as_can_be(
 ) -> None:
     config = config_of(num_layers, vocab_size=vocab_size)
     size = data.draw(st.integers(1, num_layers))
-    stages = [stage_layers(config, size, stage) for stage in range(size)]
+    stages = [layers for stage in range(size) for layers in stage_layers(config, size, stage)]
+    assert len(stages) == size
     assert [index for stage in stages for index in stage] == list(range(num_layers))
 
     def dearest(starts: list[int]) -> int:
@@ -103,15 +104,32 @@ def test_stages_are_as_even_as_can_be(
 
 def test_stages_differ_by_one_layer_where_the_head_is_light() -> None:
     config = config_of(10, vocab_size=1)
-    assert sorted(len(stage_layers(config, 4, stage)) for stage in range(4)) == [2, 2, 3, 3]
+    assert sorted(len(stage_layers(config, 4, stage)[0]) for stage in range(4)) == [2, 2, 3, 3]
 
 
 def test_a_heavy_head_has_fewer_layers_beside_it() -> None:
     config = config_of(30, vocab_size=8 * layer_cost(config_of(1), 0) // 64)
-    assert [len(stage_layers(config, 2, stage)) for stage in range(2)] == [19, 11]
+    assert [len(stage_layers(config, 2, stage)[0]) for stage in range(2)] == [19, 11]
+
+
+@given(st.integers(1, 40), st.data())
+def test_interleaved_stages_hold_every_layer_once_in_turns(
+    num_layers: int, data: st.DataObject
+) -> None:
+    config = config_of(num_layers)
+    size = data.draw(st.integers(1, num_layers))
+    num_ranges = data.draw(st.integers(1, num_layers // size))
+    stages = [stage_layers(config, size, stage, num_ranges) for stage in range(size)]
+    assert {len(ranges) for ranges in stages} == {num_ranges}
+    in_turns = [stages[stage][index] for index in range(num_ranges) for stage in range(size)]
+    assert [layer for layers in in_turns for layer in layers] == list(range(num_layers))
+    (alone,) = stage_layers(config, size * num_ranges, 0)
+    assert in_turns[0] == alone, "cut as for that many stages"
 
 
 def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"pp=2,interleave=2 needs a layer .* range .* has 3"):
+        stage_layers(config_of(3), 2, 0, 2)
     with pytest.raises(ValueError, match=r"pp=4 needs a layer for each stage.* has 3"):
         stage_layers(config_of(3), 4, 0)
 
@@ -123,6 +141,8 @@ def test_more_stages_than_layers_are_refused() -> None:
         ("tp=8", "8 does not fit .*; use tp=4 or tp=4,pp=2 or tp=2,pp=4"),
         ("pp=7", "pp=7 needs pp at most 6: .* 6 layers; use pp=6"),
         ("tp=6,pp=8", "tp=6 .* pp=8 .*; use tp=4,pp=6"),
+        ("pp=2,interleave=4", "interleave=4 needs interleave at most 3: .*; use pp=2,interleave=3"),
+        ("tp=8,pp=2,interleave=2", "use tp=4,pp=2,interleave=2 or tp=4,pp=4"),
         ("tp=6,sp=2", "use tp=4,sp=2 or tp=3,pp=2,sp=2"),
     ],
 )
@@ -135,6 +155,8 @@ def test_a_layout_that_does_not_fit_is_refused_with_those_that_do(text: str, wor
         check_layout_fits(config, ParallelLayout.parse(near))
 
 
-@pytest.mark.parametrize("text", ["tp=4", "pp=6", "tp=4,pp=6,dp=2", "tp=3,pp=5"])
+@pytest.mark.parametrize(
+    "text", ["tp=4", "pp=6", "pp=3,interleave=2", "tp=4,pp=6,dp=2", "tp=3,pp=5"]
+)
 def test_layouts_that_fit(text: str) -> None:
     check_layout_fits(config_of(6), ParallelLayout.parse(text))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
@@ -25,7 +26,7 @@ from engine.runtime.commands import (
 from engine.scheduling.block_hash import block_hashes
 from engine.scheduling.limits import EngineLimits
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.step_plan import DrawnToken
+from engine.scheduling.step_plan import DrawnToken, StepPlan
 from tests.fakes.engine import expected_tokens, next_token
 
 LOCAL, PREFILL, DECODE = SequenceMode.LOCAL, SequenceMode.PREFILL, SequenceMode.DECODE
@@ -58,7 +59,7 @@ class Driver:
         self.finished: dict[str, FinishReason] = {}
         self.announced: dict[str, list[tuple[int, int]]] = {}
         self.granted: dict[str, Reservation] = {}
-        self.known: dict[str, list[int]] = {}
+        self.plans: deque[tuple[StepPlan, set[int]]] = deque()
         self.now_ns = 0
 
     def submit(self, request: Request, mode: SequenceMode) -> None:
@@ -66,7 +67,13 @@ class Driver:
         self.book(self.scheduler.submit(request, mode, self.now_ns))
 
     def step(self) -> int:
-        """One step; returns the number of tokens computed."""
+        """Plan as much as may be in flight, commit the earliest; returns its number of tokens."""
+        while len(self.plans) < self.scheduler.max_num_plans and self.begin():
+            pass
+        return self.finish() if self.plans else 0
+
+    def begin(self) -> int:
+        """Plan; returns the number of tokens."""
         self.now_ns += 1
         plan, granted = self.scheduler.schedule(self.budget, self.now_ns)
         self.granted.update(dict(granted))
@@ -74,25 +81,43 @@ class Driver:
         assert len(plan.chunks) <= self.scheduler.max_num_sequences
         assert len({chunk.request_id for chunk in plan.chunks}) == len(plan.chunks)
         block_size = self.scheduler.limits.block_size_tokens
+        in_flight = set().union(*(blocks for _, blocks in self.plans))
         written: set[int] = set()
-        drawn = []
         for chunk in plan.chunks:
             sequence = self.scheduler.sequence(chunk.request_id)
             end = chunk.first_position + len(chunk.token_ids)
             assert list(chunk.token_ids) == sequence.token_ids[chunk.first_position : end]
-            assert chunk.first_position == sequence.num_computed_tokens
+            assert end == sequence.num_planned_tokens
             assert end <= len(chunk.block_ids) * block_size
             blocks = set(
                 chunk.block_ids[chunk.first_position // block_size : -(-end // block_size)]
             )
-            assert not blocks & written, "two sequences write to one block"
+            assert not blocks & (written | in_flight), "two chunks write to one block"
             written |= blocks
             assert chunk.is_drawing == (end == sequence.num_tokens)
+        if plan.chunks:
+            self.plans.append((plan, written))
+        self.scheduler.check_conservation()
+        return plan.num_tokens
+
+    def finish(self) -> int:
+        """Commit the earliest plan; returns its number of tokens."""
+        plan, _ = self.plans.popleft()
+        drawn = []
+        for chunk in plan.chunks:
+            sequence = self.scheduler.sequence(chunk.request_id)
+            assert sequence.block_ids[: len(chunk.block_ids)] == list(chunk.block_ids)
+            assert chunk.first_position == sequence.num_computed_tokens
             if chunk.is_drawing:
                 drawn.append(DrawnToken(next_token(sequence.token_ids), None))
         self.book(self.scheduler.commit(plan, drawn, self.now_ns))
         self.scheduler.check_conservation()
         return plan.num_tokens
+
+    def land(self, request_id: str) -> None:
+        """Commit until no plan has tokens of it: only then it may be ended."""
+        while self.scheduler.is_in_flight(request_id):
+            self.finish()
 
     def book(self, events) -> None:
         for event in events:
@@ -112,6 +137,54 @@ class Driver:
             if not self.step():
                 return
         raise AssertionError("no end in sight")
+
+
+def test_sequences_that_decode_are_dealt_out_to_the_plans_in_flight():
+    driver = Driver(make_scheduler(max_num_plans=2))
+    for index in range(5):
+        driver.submit(make_request(str(index), num_prompt=2, first=index, max_tokens=9), LOCAL)
+    driver.step()
+    driver.begin()
+    for _ in range(5):
+        assert driver.begin() > 0
+        assert sorted(len(plan.chunks) for plan, _ in driver.plans) == [2, 3]
+        driver.finish()
+    driver.run()
+    for index in range(5):
+        assert driver.tokens[str(index)] == expected_tokens((index, index + 1), 9)
+
+
+def test_chunks_of_one_prompt_follow_each_other_in_flight():
+    driver = Driver(make_scheduler(max_num_plans=3), budget=16)
+    driver.submit(make_request(num_prompt=40), PREFILL)
+    assert [driver.begin() for _ in range(4)] == [16, 16, 8, 0]
+    assert driver.tokens == {}, "its first token waits for the third plan"
+    assert [driver.finish() for _ in range(3)] == [16, 16, 8]
+    assert driver.announced["a"] == [(0, 16), (16, 16), (32, 8)]
+    assert driver.tokens["a"] == expected_tokens(range(40), 1)
+
+
+def test_what_is_in_flight_is_not_preempted():
+    driver = Driver(make_scheduler(num_blocks=5, max_num_plans=2, has_prefix_cache=False))
+    for index in range(2):
+        driver.submit(make_request(str(index), num_prompt=6, first=index, max_tokens=8), LOCAL)
+    while not driver.scheduler.num_preemptions:
+        in_flight = {chunk.request_id for plan, _ in driver.plans for chunk in plan.chunks}
+        while len(driver.plans) < 2 and driver.begin():
+            pass
+        assert all(driver.scheduler.sequence(name).block_ids for name in in_flight)
+        driver.finish()
+    driver.run()
+    for index in range(2):
+        assert driver.tokens[str(index)] == expected_tokens(range(index, index + 6), 8)
+
+
+def test_a_sequence_in_flight_cannot_end():
+    driver = Driver(make_scheduler(max_num_plans=2))
+    driver.submit(make_request(), LOCAL)
+    driver.begin()
+    with pytest.raises(AssertionError, match="being computed"):
+        driver.scheduler.abort("a")
 
 
 def test_local_request_runs_to_its_length():
@@ -475,14 +548,22 @@ operations = st.lists(
 
 
 @settings(max_examples=150, deadline=None)
-@given(operations, st.integers(8, 20), st.integers(2, 5), st.booleans(), st.integers(0, 9))
+@given(
+    operations,
+    st.integers(8, 20),
+    st.integers(2, 5),
+    st.booleans(),
+    st.integers(0, 9),
+    st.integers(1, 3),
+)
 def test_random_schedules_end_with_all_blocks_free(
-    steps, num_blocks, max_num_sequences, has_prefix_cache, extra_budget
+    steps, num_blocks, max_num_sequences, has_prefix_cache, extra_budget, max_num_plans
 ):
     scheduler = make_scheduler(
         num_blocks=num_blocks,
         max_num_sequences=max_num_sequences,
         has_prefix_cache=has_prefix_cache,
+        max_num_plans=max_num_plans,
     )
     driver = Driver(scheduler, budget=scheduler.min_num_batched_tokens + extra_budget)
     requests: dict[str, tuple[Request, SequenceMode]] = {}
@@ -519,11 +600,13 @@ def test_random_schedules_end_with_all_blocks_free(
         elif operation == "cancel":
             scheduler.cancel_reservation(f"x{index}")
         elif operation == "abort":
+            driver.land(request_id)
             scheduler.abort(request_id)
             reserved.pop(request_id, None)
             driver.granted.pop(request_id, None)
             requests.pop(request_id, None)
         elif operation == "release":
+            driver.land(request_id)
             scheduler.release(request_id)
         else:
             driver.step()
@@ -531,6 +614,7 @@ def test_random_schedules_end_with_all_blocks_free(
     for number in range(reservation_count + 1):
         scheduler.cancel_reservation(f"x{number}")
     for request_id in reserved:
+        driver.land(request_id)
         scheduler.abort(request_id)
         requests.pop(request_id, None)
     for _ in range(50):  # PREFILL sequences hold blocks that others wait for
