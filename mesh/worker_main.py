@@ -7,9 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from engine.checkpoint.locate import default_cache_dir, locate_model
 from mesh.logs import set_up_logging
 from mesh.process import report_failure, run_service
+from mesh.registry import connect_redis
 from mesh.settings import parse_command_line
 from mesh.telemetry import OTLP_ENDPOINT_VARIABLE
 from mesh.worker import WorkerConfig
@@ -52,10 +55,17 @@ def worker_main(
             endpoint = os.environ.get(OTLP_ENDPOINT_VARIABLE, "")
             settings["worker"] = replace(worker, otlp_endpoint=endpoint)
         path = locate_model(worker.model, cache_dir=default_cache_dir(os.environ))
+        uvloop.run(_check_redis(worker.redis_url))
         serve = load_serve()
     except Exception as error:  # noqa: BLE001 - the last frame of the process
         return report_failure(error)
     return run_service(serve(settings, path, os.environ))
+
+
+async def _check_redis(url: str) -> None:
+    """A wrong URL is told at once, not when the model has been loaded."""
+    async with connect_redis(url):
+        pass
 
 
 def _name_in_logs(role: str, environment: Mapping[str, str]) -> str:

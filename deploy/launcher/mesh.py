@@ -14,7 +14,7 @@ from deploy.launcher.child_process import ChildProcess, ChildSpec, StartError
 from deploy.launcher.free_port import check_port, reserve_port
 from deploy.launcher.mesh_config import MeshConfig
 from deploy.launcher.pool_view import pools_seen
-from deploy.launcher.ready_file import ProcessState, write_state_file
+from deploy.launcher.ready_file import ProcessState, check_state_file, write_state_file
 from deploy.launcher.run_directory import STATE_FILE, run_directory
 from engine.runtime.core_share import create_core_share
 
@@ -83,10 +83,12 @@ async def running_mesh(
     Raises:
         StartError: a process could not start; its own message is in the text.
         PeerUnavailableError: the given Redis does not answer.
-        ValueError: a port is in use.
+        ValueError: a port is in use, or the state file cannot be written.
     """
     check_port(programs.HOST, config.http_port, flag="--http-port")
     check_port(programs.HOST, config.grpc_port, flag="--grpc-port")
+    if config.state_file is not None:
+        check_state_file(config.state_file)
     if config.redis_url:
         await redis_server.check_redis(config.redis_url)
     async with contextlib.AsyncExitStack() as stack:

@@ -1,5 +1,6 @@
 """What a service says once it serves: the ready file; and the state file made of all of them."""
 
+import errno
 import json
 import os
 import tempfile
@@ -49,6 +50,20 @@ def write_state_file(path: Path, processes: Iterable[ProcessState]) -> None:
     with os.fdopen(handle, "w") as file:
         file.write(text)
     Path(name).replace(path)
+
+
+def check_state_file(path: Path) -> None:
+    """Raise ValueError, naming the flag, if the file could not be written there."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--state-file {path} cannot be written ({error.strerror}); name another file"
+        ) from error
 
 
 def read_state_file(path: Path) -> list[ProcessState]:

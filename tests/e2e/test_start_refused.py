@@ -164,6 +164,33 @@ def test_a_server_that_is_no_redis(good_model: Path, run_parent: Path) -> None:
     assert told.startswith("--redis-url")
 
 
+@pytest.mark.parametrize("place", ["", "file/state.json"])
+def test_a_state_file_that_cannot_be_written_is_named(
+    good_model: Path, run_parent: Path, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").touch()
+    path = str(tmp_path / place)
+    told = refused(run_parent, "--model", str(good_model), "--state-file", path)
+    assert told.startswith(f"--state-file {path} cannot be written")
+
+
+@pytest.mark.parametrize("module", ["prefill_worker", "decode_worker", "gateway"])
+def test_a_service_alone_names_a_wrong_redis_before_it_loads_anything(
+    good_model: Path, module: str
+) -> None:
+    url = "redis://127.0.0.1:1"
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--model", str(good_model), "--redis-url", url],
+        capture_output=True,
+        text=True,
+        timeout=AT_ONCE_S,
+        check=False,
+    )
+    assert result.returncode == 1
+    (told,) = result.stderr.splitlines()
+    assert told.startswith(f"error: no usable Redis at {url}")
+
+
 def test_a_device_that_is_not_there(good_model: Path, run_parent: Path) -> None:
     import torch
 
