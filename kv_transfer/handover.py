@@ -178,7 +178,7 @@ class Handover:
     async def close(self) -> None:
         """End the handover. Uncommitted: stop writing, then give the blocks back, acknowledged.
 
-        Shield it: `KvSender` does.
+        Not to be cancelled: `KvSender` sees to that.
         """
         self._move(HandoverEvent.CLOSE_ASKED)
         self._permit.stop()

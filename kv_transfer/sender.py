@@ -77,7 +77,7 @@ class KvSender:
             protocol_version=PROTOCOL_VERSION,
         )
         self._peers: dict[str, Peer] = {}
-        self._handovers: set[Handover] = set()
+        self._handovers: dict[Handover, None] = {}  # in order of arrival
         self._num_bytes: Counter[str] = Counter()
         self._write_ns: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
@@ -181,7 +181,7 @@ class KvSender:
             report.outcome = outcome_of(error)
             self._count(report)
             raise
-        self._handovers.add(handover)
+        self._handovers[handover] = None
         if handover.is_late:  # the pool was full: time went by in the queue
             try:
                 await self._renew(peer, handover.session)
@@ -191,11 +191,23 @@ class KvSender:
         return handover
 
     async def close(self, handover: Handover) -> None:
-        """End a handover: acknowledged when it was not committed. Repeating it is harmless."""
-        if handover in self._handovers:
-            self._handovers.discard(handover)
-            closing = self._tasks.create_task(self._close(handover), name="kv-close")
-            await asyncio.shield(closing)
+        """End a handover: acknowledged when it was not committed. Repeating it is harmless.
+
+        A caller that is cancelled waits all the same: the blocks that it is going to free are read
+        until then.
+        """
+        if handover not in self._handovers:
+            return
+        del self._handovers[handover]
+        closing = self._tasks.create_task(self._close(handover), name="kv-close")
+        cancellation = None
+        while not closing.done():
+            try:
+                await asyncio.wait([closing])
+            except asyncio.CancelledError as error:
+                cancellation = error
+        if cancellation is not None:
+            raise cancellation
 
     async def renew_leases(self) -> None:
         """Extend every open handover now; called RENEWALS_PER_LEASE times a lease."""

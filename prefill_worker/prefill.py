@@ -31,6 +31,12 @@ class PrefillJob:
     decode_address: str
 
 
+@dataclass(slots=True)
+class _Running:
+    task: asyncio.Task[object]
+    num_freed_blocks: int = 0
+
+
 class Inbox:
     """An EventSink that one coroutine reads."""
 
@@ -58,7 +64,7 @@ class Prefiller:
         self._engine = engine
         self._sender = sender
         self._hash_blocks = hash_blocks
-        self._running: dict[str, asyncio.Task[object]] = {}
+        self._running: dict[str, _Running] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -86,16 +92,19 @@ class Prefiller:
         self._engine.submit(job.request, SequenceMode.PREFILL, inbox)
         task = asyncio.current_task()
         assert task is not None
-        self._running[request_id] = task
+        running = self._running[request_id] = _Running(task)
         self._idle.clear()
         try:
             return await self._compute_and_hand_over(job, inbox, emit_token, note_fetch)
         finally:
-            del self._running[request_id]
-            # Also after success: the engine holds the blocks until it is told.
-            await self._engine.abort(request_id)
-            if not self._running:
-                self._idle.set()
+            # Not before the handover is closed: until then its writers may read the blocks. Also
+            # after success: the engine holds them until it is told.
+            try:
+                running.num_freed_blocks = await self._engine.abort(request_id)
+            finally:
+                del self._running[request_id]
+                if not self._running:
+                    self._idle.set()
 
     async def drained(self) -> None:
         """Return when no job runs."""
@@ -103,12 +112,11 @@ class Prefiller:
 
     async def abort(self, request_id: str) -> int:
         """End a job and return the blocks freed, once both ends have freed them."""
-        if (task := self._running.get(request_id)) is None:
+        if (running := self._running.get(request_id)) is None:
             return 0
-        num_freed = await self._engine.abort(request_id)
-        task.cancel()
-        await asyncio.wait([task])
-        return num_freed
+        running.task.cancel()
+        await asyncio.wait([running.task])
+        return running.num_freed_blocks
 
     async def _compute_and_hand_over(
         self,
