@@ -38,7 +38,7 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
             async with asyncio.TaskGroup() as tasks:
                 writer = tasks.create_task(_write_outputs(stream, context), name="decode-outputs")
                 async for request in requests:
-                    await _apply(request, stream)
+                    _apply(request, stream)
                 writer.cancel()
         finally:
             self._streams.discard(stream)
@@ -51,12 +51,12 @@ async def _write_outputs(stream: GatewayStream, context: Context) -> None:
         await context.write(pb.ServeResponse(outputs=[_output_to_pb(output) for output in outputs]))
 
 
-async def _apply(request: pb.ServeRequest, stream: GatewayStream) -> None:
+def _apply(request: pb.ServeRequest, stream: GatewayStream) -> None:
     match request.WhichOneof("command"):
         case "submit":
             _submit(request.submit, stream)
         case "abort":
-            await stream.abort(request.abort.request_id)
+            stream.abort(request.abort.request_id)
         case _:
             raise InvalidRequestError("ServeRequest.command must be submit or abort")
 

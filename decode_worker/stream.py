@@ -53,6 +53,7 @@ class GatewayStream:
         self._engine = engine
         self._receiver = receiver
         self._open: dict[str, OpenSequence] = {}
+        self._aborts: set[asyncio.Task[None]] = set()
         self._outputs: list[Output] = []
         self._has_outputs = asyncio.Event()
         self._idle = asyncio.Event()
@@ -74,19 +75,32 @@ class GatewayStream:
             self._open[request.request_id] = OpenSequence(trace_context)
             self._idle.clear()
 
-    async def abort(self, request_id: str) -> None:
-        """End a sequence; the acknowledgement goes out once its blocks are free."""
-        self._put([Aborted(request_id, await self._free(request_id))])
+    def abort(self, request_id: str) -> None:
+        """End a sequence; the acknowledgement goes out once its blocks are free.
+
+        Nobody waits for that: a writer that is held up must not hold up the stream.
+        """
+        self._forget(request_id)
+        freeing = asyncio.create_task(self._free(request_id), name=f"abort-{request_id}")
+        self._aborts.add(freeing)
+        freeing.add_done_callback(self._aborts.discard)
 
     async def abort_all(self) -> None:
         """Free everything: the gateway is gone."""
         for request_id in list(self._open):
-            await self._free(request_id)
+            self.abort(request_id)
+        if self._aborts:
+            await asyncio.wait(self._aborts)
 
-    async def _free(self, request_id: str) -> int:
+    async def _free(self, request_id: str) -> None:
         """Free a sequence and what is reserved for it; a writer is fenced off first."""
-        self._forget(request_id)
-        return await self._receiver.abort(request_id) + await self._engine.abort(request_id)
+        try:
+            num_freed = await self._receiver.abort(request_id)
+            num_freed += await self._engine.abort(request_id)
+        except IsthmusError as error:
+            self._put([ErrorEvent(request_id, error)])
+        else:
+            self._put([Aborted(request_id, num_freed)])
 
     def _forget(self, request_id: str) -> None:
         self._open.pop(request_id, None)

@@ -11,6 +11,8 @@ class SenderCounters:
     num_open_handovers: int = 0
     num_bytes: Mapping[str, int] = field(default_factory=dict)
     """Payload bytes written, by data plane."""
+    num_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Tokens of committed handovers: sent, or held by the receiver already."""
     write_s: Mapping[str, float] = field(default_factory=dict)
     """Time spent writing them, by data plane."""
     handovers: Mapping[str, int] = field(default_factory=dict)

@@ -174,6 +174,8 @@ class Handover:
         self._move(HandoverEvent.COMMIT_ANSWERED)
         self.report.commit_end_ns = time.time_ns()
         self.report.outcome = "committed"
+        if not self.report.num_tokens:
+            self.report.data_plane = "none"
 
     async def close(self) -> None:
         """End the handover. Uncommitted: stop writing, then give the blocks back, acknowledged.

@@ -10,6 +10,7 @@ class HandoverReport:
     """Filled in as the handover goes on. `_start_ns` and `_end_ns` are time.time_ns() marks."""
 
     data_plane: str = ""
+    """The bytes' way; none when the receiver held all of the KV."""
     num_tokens: int = 0
     """Tokens whose KV crossed so far."""
     num_cached_tokens: int = 0
@@ -31,7 +32,7 @@ class HandoverReport:
     commit_start_ns: int = 0
     commit_end_ns: int = 0
     computed_ns: int = 0
-    """The last KV was there to be sent; the caller may set the end of prefill instead."""
+    """The last KV was there to be sent; a prefill worker sets the end of prefill instead."""
     outcome: str = "open"
     """committed, released, or the name of the error; "open" before the end."""
 
@@ -64,9 +65,15 @@ class HandoverReport:
         return _length(self.commit_span_ns)
 
     @property
+    def exposed_span_ns(self) -> tuple[int, int]:
+        """What of the handover was not hidden behind prefill: its end to the moment in which the
+        sequence may decode."""
+        start_ns = self.computed_ns or self.reserve_end_ns
+        return start_ns, max(start_ns, self.commit_end_ns)
+
+    @property
     def exposed_ns(self) -> int:
-        """What of the handover was not hidden behind prefill."""
-        return max(0, self.commit_end_ns - (self.computed_ns or self.reserve_end_ns))
+        return _length(self.exposed_span_ns)
 
     def to_pb(self) -> prefill_pb2.HandoverReport:
         return prefill_pb2.HandoverReport(
@@ -74,7 +81,7 @@ class HandoverReport:
             num_tokens=self.num_tokens,
             num_cached_tokens=self.num_cached_tokens,
             reserve_ns=self.reserve_ns,
-            transfer_ns=self.transfer_ns,
+            transfer_ns=self.write_ns,
             commit_ns=self.commit_ns,
             exposed_ns=self.exposed_ns,
             data_plane=self.data_plane,

@@ -79,6 +79,7 @@ class KvSender:
         self._peers: dict[str, Peer] = {}
         self._handovers: dict[Handover, None] = {}  # in order of arrival
         self._num_bytes: Counter[str] = Counter()
+        self._num_tokens: Counter[str] = Counter()
         self._write_ns: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self._retransfers: Counter[str] = Counter()
@@ -111,6 +112,7 @@ class KvSender:
         return SenderCounters(
             num_open_handovers=len(self._handovers),
             num_bytes=dict(self._num_bytes),
+            num_tokens=dict(self._num_tokens),
             write_s={name: ns / 1e9 for name, ns in dict(self._write_ns).items()},
             handovers=dict(self._outcomes),
             retransfers=dict(self._retransfers),
@@ -299,6 +301,9 @@ class KvSender:
     def _count(self, report: HandoverReport) -> None:
         self._outcomes[report.outcome] += 1
         self._retransfers.update(report.retransfers)
+        if report.outcome == "committed":
+            self._num_tokens["sent"] += report.num_tokens
+            self._num_tokens["held"] += report.num_cached_tokens
         if report.num_bytes:
             self._num_bytes[report.data_plane] += report.num_bytes
             self._write_ns[report.data_plane] += report.write_ns

@@ -20,7 +20,7 @@ class HandoverSeconds:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._seconds = Histogram(
             "isthmus_handover_seconds",
-            "Parts of a handover: reserve, transfer, commit.",
+            "Parts of a handover: reserve, transfer, commit; exposed: from the end of prefill on.",
             ["part"],
             buckets=_SECONDS,
             registry=registry,
@@ -31,6 +31,7 @@ class HandoverSeconds:
             self._seconds.labels("reserve").observe(report.reserve_ns / 1e9)
             self._seconds.labels("transfer").observe(report.write_ns / 1e9)
             self._seconds.labels("commit").observe(report.commit_ns / 1e9)
+            self._seconds.labels("exposed").observe(report.exposed_ns / 1e9)
 
 
 class SenderCollector(Collector):
@@ -46,6 +47,12 @@ class SenderCollector(Collector):
         )
         yield labelled_counter(
             "isthmus_handover_bytes", "KV bytes sent.", "data_plane", counters.num_bytes
+        )
+        yield labelled_counter(
+            "isthmus_handover_tokens",
+            "Tokens of committed handovers: sent, or held by the receiver already.",
+            "kind",
+            counters.num_tokens,
         )
         yield labelled_counter(
             "isthmus_handovers", "Ended handovers.", "outcome", counters.handovers

@@ -152,6 +152,8 @@ class Prefiller:
                 )
             while isinstance(event := await computed.get(), KvComputedEvent):
                 await handover.push(event.block_ids, event.first_token, event.num_tokens)
+            if event.first is not None:
+                handover.report.computed_ns = event.first.done_ns
             await handover.commit(event.token_id)
             return handover.report
 

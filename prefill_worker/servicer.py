@@ -6,7 +6,6 @@ from grpc import aio
 
 from engine.request import Request
 from engine.runtime.commands import TokenEvent
-from kv_transfer.report import HandoverReport
 from mesh.convert import finish_reason_to_pb, logprobs_to_pb, sampling_from_pb
 from mesh.telemetry import context_from_call, record_fetch
 from prefill_worker.prefill import Prefiller, PrefillJob
@@ -27,11 +26,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         """Stream the first token, then what the handover took."""
         trace_context = context_from_call(context)
 
-        prefill_end_ns = 0
-
         async def emit_token(token: TokenEvent) -> None:
-            nonlocal prefill_end_ns
-            prefill_end_ns = token.first.done_ns if token.first else 0
             record_prefill(token, trace_context)
             await context.write(pb.PrefillResponse(first_token=_first_token_to_pb(token)))
 
@@ -40,7 +35,7 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         )
         if report is not None:
             record_handover(report, trace_context)
-            await context.write(_handover_to_pb(report, prefill_end_ns))
+            await context.write(pb.PrefillResponse(handover=report.to_pb()))
 
     async def Abort(
         self,
@@ -74,18 +69,3 @@ def _first_token_to_pb(token: TokenEvent) -> pb.FirstToken:
         queue_ns=token.first.scheduled_ns - token.first.arrived_ns,
         compute_ns=token.first.done_ns - token.first.scheduled_ns,
     )
-
-
-def _handover_to_pb(report: HandoverReport, prefill_end_ns: int) -> pb.PrefillResponse:
-    message = pb.HandoverReport(
-        num_bytes=report.num_bytes,
-        num_tokens=report.num_tokens,
-        num_cached_tokens=report.num_cached_tokens,
-        reserve_ns=report.reserve_ns,
-        transfer_ns=report.write_ns,
-        commit_ns=report.commit_ns,
-        exposed_ns=max(0, report.commit_end_ns - prefill_end_ns),
-        data_plane=report.data_plane,
-        retransfers=report.retransfers,
-    )
-    return pb.PrefillResponse(handover=message)

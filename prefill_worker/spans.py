@@ -23,7 +23,7 @@ def record_prefill(token: TokenEvent, context: Context | None) -> None:
 
 
 def record_handover(report: HandoverReport, context: Context | None) -> None:
-    """kv.reserve, kv.transfer and kv.commit; reserve and transfer overlap prefill."""
+    """kv.reserve, kv.transfer and kv.commit, which overlap prefill; kv.exposed: what does not."""
     span_between("kv.reserve", report.reserve_start_ns, report.reserve_end_ns, context=context)
     span_between(
         "kv.transfer",
@@ -38,4 +38,5 @@ def record_handover(report: HandoverReport, context: Context | None) -> None:
             "retransfers": report.retransfers,
         },
     )
-    span_between("kv.commit", report.commit_start_ns, report.commit_end_ns, context=context)
+    span_between("kv.commit", *report.commit_span_ns, context=context)
+    span_between("kv.exposed", *report.exposed_span_ns, context=context)

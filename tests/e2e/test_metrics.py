@@ -38,7 +38,7 @@ def gained(demo_mesh: MeshProcess) -> dict[str, float]:
                     "prefill", f"{HANDOVER}_{kind}", part=part
                 )
                 for kind in ("count", "sum")
-                for part in ("reserve", "transfer", "commit")
+                for part in ("reserve", "transfer", "commit", "exposed")
             },
             "sent": demo_mesh.metric("prefill", "isthmus_handover_bytes_total", data_plane="shm"),
             "received": demo_mesh.metric("decode", "isthmus_handover_received_bytes_total"),
@@ -76,7 +76,7 @@ def test_handover_bytes_are_those_of_the_prompts_on_both_sides(gained: dict[str,
 
 
 def test_handover_seconds_are_counted_by_part(gained: dict[str, float]) -> None:
-    for part in ("reserve", "transfer", "commit"):
+    for part in ("reserve", "transfer", "commit", "exposed"):
         assert gained[f"{HANDOVER}_count_{part}"] == NUM_REQUESTS
         assert 0 < gained[f"{HANDOVER}_sum_{part}"] < 60 * NUM_REQUESTS
 

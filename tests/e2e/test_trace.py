@@ -17,6 +17,7 @@ SERVICE_OF = {
     **dict.fromkeys(("request", "tokenise", "route"), "isthmus-gateway"),
     **dict.fromkeys(("prefill.queue", "prefill"), "isthmus-prefill"),
     **dict.fromkeys(("kv.reserve", "kv.transfer", "kv.commit"), "isthmus-prefill"),
+    "kv.exposed": "isthmus-prefill",
     **dict.fromkeys(("decode.queue", "decode.first_step", "decode"), "isthmus-decode"),
 }
 """The process that each span comes from, by the span's name."""

@@ -10,6 +10,9 @@ from dataclasses import replace
 
 import pytest
 
+from decode_worker.stream import Aborted, GatewayStream, Output
+from engine.request import Request, SamplingParams
+from engine.runtime.commands import SequenceMode
 from tests.fakes.kv_pair import FAST, KvPair, kv_pair
 
 LEASE_S = 1.0  # also what the child asks for
@@ -79,3 +82,32 @@ async def test_an_abort_does_not_wait_for_a_sender_that_stalls_in_a_frame() -> N
     async with kv_pair("tcp", config=config) as pair, stuck_sender(pair, "tcp"):
         async with asyncio.timeout(5):
             assert await pair.receiver.abort("r") == 4
+
+
+async def test_an_abort_that_waits_for_a_stopped_sender_does_not_hold_up_its_gateways_stream() -> (
+    None
+):
+    async with kv_pair("shm") as pair, stuck_sender(pair, "shm") as process:
+        process.send_signal(signal.SIGSTOP)
+        stream = GatewayStream(pair.engine, pair.receiver)
+        stream.submit(request("r"), SequenceMode.DECODE, trace_context=None)
+        stream.abort("r")
+        stream.submit(request("s"), SequenceMode.LOCAL, trace_context=None)
+        outputs: list[Output] = []
+        async with asyncio.timeout(30):
+            while len(outputs) < 3:
+                outputs += await stream.next_outputs()
+        assert {output.request_id for output in outputs} == {"s"}
+        assert pair.receiver.counters.num_quarantined_leases == 1
+        process.kill()
+        async with asyncio.timeout(30):
+            assert await stream.next_outputs() == [Aborted("r", num_freed_blocks=4)]
+        assert pair.engine.stats.num_free_blocks == 16
+
+
+def request(request_id: str) -> Request:
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=(1, 2, 3),
+        sampling=SamplingParams(max_tokens=3, ignore_eos=True),
+    )

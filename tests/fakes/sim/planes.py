@@ -292,7 +292,7 @@ class SimConnection:
             view = self._end.blocks.slots(
                 header.block_id, header.box, header.first_slot, header.num_slots
             ).reshape(-1)
-            if self._chance.hits(Fault.CORRUPT, 0.3 if self._has_stalled else 0.02):
+            if self._chance.hits(Fault.CORRUPT, 0.6 if self._has_stalled else 0.02):
                 data = data.copy()
                 data[self._chance.integer(0, len(data) - 1)] ^= 1 << self._chance.integer(0, 7)
             cut = self._chance.integer(0, len(data))
@@ -315,7 +315,10 @@ class SimConnection:
         """Bytes take their time; raises when the connection breaks before they are there."""
         delay_s = self._chance.uniform(0.0, 0.002)
         if self._chance.hits(Fault.STALL, 0.03):
-            delay_s = self._chance.uniform(0.1, 3.0)
+            # Often just so long that the sender has given up and tried again.
+            is_long = self._chance.uniform(0, 1) < 0.3
+            delay_s = self._chance.uniform(0.1, 3.0) if is_long else DATA_TIMEOUT_S + TICK_S
+            delay_s += self._chance.uniform(-0.1, 0.05)
             self._has_stalled = True
         if self._chance.hits(Fault.CUT, 0.03):
             self.shutdown()

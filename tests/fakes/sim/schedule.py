@@ -55,16 +55,18 @@ class Host(Generic[Worker]):
 
     async def start(self) -> None:
         self._num_starts += 1
-        is_up = asyncio.Event()
+        is_up = asyncio.get_running_loop().create_future()
 
         async def keep() -> None:
             context: AbstractAsyncContextManager[Worker] = self._make(self._num_starts)
             async with context as self.worker:
-                is_up.set()
+                is_up.set_result(None)
                 await asyncio.Event().wait()
 
         self._keeper = asyncio.create_task(keep())
-        await is_up.wait()
+        await asyncio.wait([self._keeper, is_up], return_when=asyncio.FIRST_COMPLETED)
+        if self._keeper.done():
+            self._keeper.result()
 
     async def crash(self) -> None:
         """From this moment on it does nothing that others could notice."""
@@ -144,10 +146,9 @@ class _Schedule:
         if (call := self.calls.get(request_id)) is not None and chance.hits(Fault.ABORT, 0.5):
             call.cancel()  # as gRPC does when it hears of it
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._abort(decode.process, decode.stream.abort, request_id))
+            tasks.create_task(self._abort(decode.process, decode.abort, request_id))
             if not is_silent:
-                aborting = prefill.prefiller.abort
-                tasks.create_task(self._abort(prefill.process, aborting, request_id))
+                tasks.create_task(self._abort(prefill.process, prefill.prefiller.abort, request_id))
 
     async def _until_it_leaves(self) -> None:
         """A client goes away at any time, or in the moment in which something happens."""

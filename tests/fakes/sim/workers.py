@@ -54,6 +54,10 @@ class SimDecode:
     """Decoded so far, by request."""
     reader: asyncio.Task[None] | None = None
 
+    async def abort(self, request_id: str) -> None:
+        """As a gateway's message."""
+        self.stream.abort(request_id)
+
     async def read(self) -> None:
         """As the gateway's end of the stream."""
         while True:
@@ -82,7 +86,7 @@ async def prefill_worker(
         rank = SimSendingRank(source, ends, network, plane)
         sender = await stack.enter_async_context(
             KvSender(
-                SendingGroup(GroupLayout.single(LAYOUT), (rank,)),
+                SendingGroup(GroupLayout.single(LAYOUT), num_blocks, (rank,)),
                 sender_id=name,
                 model_digest="abc",
                 open_channel=lambda address: SimChannel(network, process, address),  # type: ignore[arg-type,return-value]
