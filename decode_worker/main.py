@@ -110,6 +110,7 @@ async def serve(
                 model_digest=digest,
                 config=transfer,
                 epoch=identity.epoch,
+                shares_prefixes=engine_config.has_prefix_cache,
             ) as receiver,
             sharing_prefixes(
                 thread,

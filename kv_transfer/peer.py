@@ -7,12 +7,19 @@ from typing import TypeVar
 
 from grpc import aio
 
-from engine.errors import EngineDeadError, IsthmusError, KvLeaseLostError, PeerUnavailableError
+from engine.errors import (
+    DeadlineError,
+    EngineDeadError,
+    IsthmusError,
+    KvLeaseLostError,
+    PeerUnavailableError,
+)
 from kv_transfer import convert
 from kv_transfer.config import TransferConfig
 from kv_transfer.offer import PROTOCOL_VERSION, Offer, check_same
 from kv_transfer.sending_group import ShardLink
 from kv_transfer.session import Session
+from kv_transfer.together import to_its_end
 from mesh.status import error_from_rpc
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
 from protos.isthmus.v1 import kv_transfer_pb2_grpc as pb_grpc
@@ -89,36 +96,20 @@ class Peer:
             raise _error_of_peer(error) from error
 
     async def reserve(self, request: pb.ReserveRequest, timeout_s: float) -> pb.ReserveResponse:
-        """Take blocks; a grant that comes in the moment of a cancellation is given back."""
-        call: aio.UnaryUnaryCall[pb.ReserveRequest, pb.ReserveResponse] = self.calls.Reserve(
-            request, timeout=timeout_s
-        )
-        # Waiting for the call itself would drop its answer when both come in one turn of the loop.
-        async with asyncio.TaskGroup() as tasks:
-            answer = tasks.create_task(_answer(call), name="kv-reserve")
-            try:
-                response = await asyncio.shield(answer)
-            except asyncio.CancelledError:
-                call.cancel()  # without effect when the answer is here
-                await asyncio.wait([answer])
-                granted = None if answer.cancelled() else answer.result()
-                if isinstance(granted, pb.ReserveResponse):
-                    await self.release(request.epoch, granted.lease_id)
-                raise
-        if isinstance(response, aio.AioRpcError):
-            raise _error_of_peer(response) from response
-        return response
+        """Take blocks; where nobody can tell whether they were granted, they are given back."""
+        try:
+            return await self.call(self.calls.Reserve, request, timeout_s)
+        except (asyncio.CancelledError, PeerUnavailableError, DeadlineError):
+            release = pb.ReleaseRequest(epoch=request.epoch, request_id=request.request_id)
+            await to_its_end(self._release(release))
+            raise
 
     async def release(self, epoch: int, lease_id: int) -> None:
         """Give a lease back; nothing is written under it any more.
 
         Without an answer the receiver frees the blocks when the lease ends.
         """
-        request = pb.ReleaseRequest(epoch=epoch, lease_id=lease_id)
-        try:
-            await self.call(self.calls.Release, request, self._config.rpc_timeout_s)
-        except IsthmusError as error:
-            logger.warning("release failed address=%s: %s", self.address, error)
+        await self._release(pb.ReleaseRequest(epoch=epoch, lease_id=lease_id))
 
     async def renew(self, session: Session, *, timeout_s: float) -> None:
         """Extend every open handover of a session; those that are lost may write no more."""
@@ -148,6 +139,12 @@ class Peer:
             self.forget(self._session)
         await self._channel.close()
 
+    async def _release(self, request: pb.ReleaseRequest) -> None:
+        try:
+            await self.call(self.calls.Release, request, self._config.rpc_timeout_s)
+        except IsthmusError as error:
+            logger.warning("release failed address=%s: %s", self.address, error)
+
     async def _handshake(self) -> Offer:
         response = await self.call(self.calls.Handshake, self._greeting, self._config.rpc_timeout_s)
         offer = convert.offer_from(response)
@@ -164,12 +161,3 @@ def _error_of_peer(error: aio.AioRpcError) -> IsthmusError:
     """What the worker raised; that its engine or a rank of it is dead means that it is gone."""
     known = error_from_rpc(error)
     return PeerUnavailableError(str(known)) if isinstance(known, EngineDeadError) else known
-
-
-async def _answer(
-    call: "aio.UnaryUnaryCall[pb.ReserveRequest, pb.ReserveResponse]",
-) -> pb.ReserveResponse | aio.AioRpcError:
-    try:
-        return await call
-    except aio.AioRpcError as error:
-        return error

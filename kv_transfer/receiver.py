@@ -18,6 +18,7 @@ from engine.errors import (
     UnknownRequestError,
 )
 from engine.kv_cache.layout import KvLayout
+from kv_transfer.arrivals import Arrivals
 from kv_transfer.block_lender import BlockLender
 from kv_transfer.config import TransferConfig
 from kv_transfer.counters import ReceiverCounters
@@ -60,8 +61,22 @@ class KvReceiver:
         model_digest: str,
         config: TransferConfig,
         epoch: int | None = None,
+        shares_prefixes: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            engine: whose blocks are lent.
+            group: the ranks that hold them.
+            receiver_id: this worker.
+            model_digest: what the weights were read from.
+            config: see there.
+            epoch: of this start of the worker; drawn when not given.
+            shares_prefixes: the engine keeps prefixes, so that one that is on its way is worth
+                waiting for.
+            clock: monotonic seconds, for leases.
+        """
         self.epoch = secrets.randbits(63) if epoch is None else epoch
         self._engine = engine
         self._group = group
@@ -70,6 +85,8 @@ class KvReceiver:
         self._model_digest = model_digest
         self._config = config
         self._table = LeaseTable(clock, max_lease_s=config.lease_s, max_hold_s=config.max_hold_s)
+        self._arrivals = Arrivals(group.layout.block_size_tokens)
+        self._shares_prefixes = shares_prefixes
         self._endings: dict[int, _Ending] = {}
         self._waits: dict[int, asyncio.Timeout] = {}
         self._num_committed_tokens = 0
@@ -216,6 +233,13 @@ class KvReceiver:
             return 0
         return await self._end(lease, LeaseEvent.RELEASED)
 
+    async def withdraw(self, epoch: int, request_id: str) -> int:
+        """As release, for a sender that does not know whether its reservation was granted."""
+        lease = self._table.held_by(request_id)
+        if epoch != self.epoch or lease is None:
+            return 0
+        return await self._end(lease, LeaseEvent.RELEASED)
+
     async def abort(self, request_id: str) -> int:
         """Take back what is reserved for a request, its writer notwithstanding.
 
@@ -252,6 +276,7 @@ class KvReceiver:
 
     def _reclaim(self, lease: Lease) -> None:
         """Fence a lease that was just revoked and free its blocks, whoever waits for it or not."""
+        self._arrivals.end(lease)
         self._spawn(self._free(lease), f"kv-free-{lease.request_id}")
 
     async def _free(self, lease: Lease) -> None:
@@ -281,6 +306,7 @@ class KvReceiver:
             _fail(committed, error)
             return
         self._table.finish_commit(lease)
+        self._arrivals.end(lease)
         self._num_committed_tokens += lease.num_tokens - lease.num_cached_tokens
         committed.set_result(None)
 
@@ -311,6 +337,9 @@ class KvReceiver:
         wait = self._waits[lease.lease_id] = asyncio.timeout(None)
         try:
             async with wait:
+                if self._shares_prefixes:
+                    await self._arrivals.wait(lease.num_tokens, block_hashes)
+                    self._arrivals.expect(lease, block_hashes)
                 reservation = await self._engine.reserve(
                     lease.request_id, lease.num_tokens, block_hashes
                 )

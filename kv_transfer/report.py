@@ -66,8 +66,7 @@ class HandoverReport:
 
     @property
     def exposed_span_ns(self) -> tuple[int, int]:
-        """What of the handover was not hidden behind prefill: its end to the moment in which the
-        sequence may decode."""
+        """What prefill did not hide: its end to the moment in which the sequence may decode."""
         start_ns = self.computed_ns or self.reserve_end_ns
         return start_ns, max(start_ns, self.commit_end_ns)
 

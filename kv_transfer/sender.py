@@ -28,6 +28,7 @@ from kv_transfer.plane import WritePermit
 from kv_transfer.report import HandoverReport
 from kv_transfer.sending_group import SendingGroup
 from kv_transfer.session import Session, outcome_of
+from kv_transfer.together import to_its_end
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -201,15 +202,7 @@ class KvSender:
         if handover not in self._handovers:
             return
         del self._handovers[handover]
-        closing = self._tasks.create_task(self._close(handover), name="kv-close")
-        cancellation = None
-        while not closing.done():
-            try:
-                await asyncio.wait([closing])
-            except asyncio.CancelledError as error:
-                cancellation = error
-        if cancellation is not None:
-            raise cancellation
+        await to_its_end(self._tasks.create_task(self._close(handover), name="kv-close"))
 
     async def renew_leases(self) -> None:
         """Extend every open handover now; called RENEWALS_PER_LEASE times a lease."""

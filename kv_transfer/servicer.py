@@ -72,5 +72,9 @@ class KvTransferServicer(pb_grpc.KvTransferServiceServicer):
         request: pb.ReleaseRequest,
         context: aio.ServicerContext[pb.ReleaseRequest, pb.ReleaseResponse],
     ) -> pb.ReleaseResponse:
-        num_blocks = await self._receiver.release(request.epoch, request.lease_id)
+        receiver = self._receiver
+        if request.lease_id:
+            num_blocks = await receiver.release(request.epoch, request.lease_id)
+        else:
+            num_blocks = await receiver.withdraw(request.epoch, request.request_id)
         return pb.ReleaseResponse(num_freed_blocks=num_blocks)

@@ -111,6 +111,7 @@ def _lease_rows() -> list[tuple[LeaseState, LeaseEvent, LeaseState]]:
     return [
         (state.WAITING, event.GRANTED, state.RESERVED),
         (state.WAITING, event.WITHDRAWN, state.REVOKED),
+        (state.WAITING, event.RELEASED, state.REVOKED),
         (state.WAITING, event.ABORTED, state.REVOKED),
         (state.RESERVED, event.RENEWED, state.RESERVED),
         (state.RESERVED, event.COMMIT_ASKED, state.COMMITTING),

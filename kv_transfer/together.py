@@ -1,4 +1,4 @@
-"""Several things at once, of which there is mostly one."""
+"""Several things at once, of which there is mostly one; and things that must come to an end."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -24,3 +24,17 @@ async def together(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
             first = first.exceptions[0]
         raise first from None
     return [task.result() for task in running]
+
+
+async def to_its_end(work: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
+    """Run `work`, which ends by itself soon and raises nothing, even if the caller is cancelled."""
+    running = asyncio.ensure_future(work)
+    cancellation = None
+    while not running.done():
+        try:
+            await asyncio.wait([running])
+        except asyncio.CancelledError as error:
+            cancellation = error
+    if cancellation is not None:
+        raise cancellation
+    running.result()

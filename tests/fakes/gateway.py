@@ -16,7 +16,7 @@ from gateway.routing import LeastLoaded
 from gateway.service import InferenceService
 from gateway.session import RecoveryConfig
 from tests.fakes.byte_tokenizer import CHAT_TEMPLATE, byte_tokenizer
-from tests.fakes.workers import FakeWorker, StaticDirectory, running
+from tests.fakes.workers import FakeWorker, ListedWorker, StaticDirectory, running
 
 MODEL_ID = "fake-model"
 QUICK_RECOVERY = RecoveryConfig(wait_for_worker_s=5.0, retry_delay_s=0.001)
@@ -57,7 +57,7 @@ async def gateway_over(
 
 @asynccontextmanager
 async def gateway_over_started(
-    *workers: FakeWorker,
+    *workers: ListedWorker,
     max_num_sequences: int = 64,
     recovery: RecoveryConfig = QUICK_RECOVERY,
     template: str | None = CHAT_TEMPLATE,

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from grpc import aio
 
@@ -495,10 +496,19 @@ class _PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         return prefill_pb2.AbortResponse(num_freed_blocks=int(was_open))
 
 
+class ListedWorker(Protocol):
+    """What a directory wants of a worker."""
+
+    @property
+    def role(self) -> registry_pb2.WorkerRole: ...
+
+    def record(self) -> registry_pb2.WorkerRecord: ...
+
+
 class StaticDirectory:
     """A registry without Redis: the workers that a test puts there."""
 
-    def __init__(self, *workers: FakeWorker) -> None:
+    def __init__(self, *workers: ListedWorker) -> None:
         self.is_stale = False
         self.members = list(workers)
         self._callbacks: list[Callable[[], None]] = []

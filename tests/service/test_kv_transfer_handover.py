@@ -196,6 +196,82 @@ async def test_the_receivers_cached_prefix_is_not_sent() -> None:
         assert pair.receiver.counters.num_committed_tokens == 5
 
 
+async def hand_over_prompt(
+    pair: KvPair, request_id: str, prompt: list[int], may_commit: asyncio.Event
+) -> Handover:
+    """As a prefill worker, for a sequence that the decode worker waits for."""
+    request = Request(
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt),
+        sampling=SamplingParams(max_tokens=2),
+    )
+    pair.engine.submit(request, SequenceMode.DECODE, ListSink())
+    async with pair.sender.handover(
+        request_id,
+        decode_address=pair.address,
+        num_tokens=len(prompt),
+        hash_blocks=lambda size: block_hashes(prompt, size),
+    ) as handover:
+        await handover.push(BLOCKS, 0, len(prompt))
+        await may_commit.wait()
+        await handover.commit(7)
+    return handover
+
+
+async def test_a_prefix_that_two_requests_want_at_once_is_sent_once() -> None:
+    may_commit = asyncio.Event()
+    first_prompt, second_prompt = list(range(13)), [*range(12), 99]
+    async with kv_pair() as pair, asyncio.TaskGroup() as tasks:
+        first = tasks.create_task(hand_over_prompt(pair, "r", first_prompt, may_commit))
+        await until(lambda: pair.receiver.counters.num_live_leases == 1)
+        second = tasks.create_task(hand_over_prompt(pair, "s", second_prompt, may_commit))
+        await until(lambda: pair.receiver.counters.num_waiting_reserves == 1)
+        may_commit.set()
+        await second
+        reports = [first.result().report, second.result().report]
+        assert [(r.num_tokens, r.num_cached_tokens) for r in reports] == [(13, 0), (1, 12)]
+        assert sum(r.num_bytes for r in reports) == 14 * TINY_LAYOUT.bytes_per_token
+        assert pair.sender.counters.num_tokens == {"sent": 14, "held": 12}
+
+
+async def test_a_prefix_that_does_not_arrive_after_all_is_sent_by_who_waits_for_it() -> None:
+    never, at_once = asyncio.Event(), asyncio.Event()
+    at_once.set()
+    prompt = list(range(13))
+    async with kv_pair() as pair:
+        first = asyncio.ensure_future(hand_over_prompt(pair, "r", prompt, never))
+        await until(lambda: pair.receiver.counters.num_live_leases == 1)
+        second = asyncio.ensure_future(hand_over_prompt(pair, "s", prompt, at_once))
+        await until(lambda: pair.receiver.counters.num_waiting_reserves == 1)
+        await cancelled(first)
+        assert (await second).report.num_tokens == 13
+
+
+async def test_a_prefix_that_takes_too_long_is_not_waited_for(monkeypatch) -> None:
+    monkeypatch.setattr("kv_transfer.arrivals.PATIENCE_S", 0.05)
+    never, at_once = asyncio.Event(), asyncio.Event()
+    at_once.set()
+    prompt = list(range(13))
+    async with kv_pair() as pair:
+        first = asyncio.ensure_future(hand_over_prompt(pair, "r", prompt, never))
+        await until(lambda: pair.receiver.counters.num_live_leases == 1)
+        assert (await hand_over_prompt(pair, "s", prompt, at_once)).report.num_tokens == 13
+        await cancelled(first)
+
+
+async def test_a_full_hit_sends_nothing_and_says_so() -> None:
+    at_once = asyncio.Event()
+    at_once.set()
+    prompt = list(range(12))
+    async with kv_pair() as pair:
+        await hand_over_prompt(pair, "r", prompt, at_once)
+        report = (await hand_over_prompt(pair, "s", prompt, at_once)).report
+        assert (report.num_tokens, report.num_bytes, report.num_cached_tokens) == (0, 0, 12)
+        assert report.data_plane == "none"
+        assert report.transfer_ns == report.write_ns == 0
+        assert pair.sender.counters.num_tokens == {"sent": 12, "held": 12}
+
+
 async def test_a_full_pool_makes_the_sender_wait_in_line() -> None:
     async with kv_pair(num_blocks=4) as pair, asyncio.TaskGroup() as tasks:
         async with handover_of(pair, "first"):

@@ -147,12 +147,14 @@ class CommitResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ReleaseRequest(_message.Message):
-    __slots__ = ("epoch", "lease_id")
+    __slots__ = ("epoch", "lease_id", "request_id")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     lease_id: int
-    def __init__(self, epoch: _Optional[int] = ..., lease_id: _Optional[int] = ...) -> None: ...
+    request_id: str
+    def __init__(self, epoch: _Optional[int] = ..., lease_id: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class ReleaseResponse(_message.Message):
     __slots__ = ("num_freed_blocks",)

@@ -1,6 +1,7 @@
 """Real engines in virtual time, whose KV of a token is a hash of the tokens up to it."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from queue import Empty
 from typing import Self
@@ -46,7 +47,9 @@ def tags_of(token_ids: Sequence[int]) -> list[int]:
 class TagExecutor:
     """Implements PlanExecutor: checks the KV that it reads, writes the KV that it computes."""
 
-    def __init__(self, memory: HostMemory, watch: Watch, name: str) -> None:
+    def __init__(self, memory: HostMemory, watch: Watch, name: str, max_num_plans: int) -> None:
+        self.max_num_plans = max_num_plans
+        self._begun: deque[StepPlan] = deque()
         self.scheduler: Scheduler | None = None
         self._tags_PC = memory.rows().view(np.uint32)
         self._watch = watch
@@ -55,11 +58,12 @@ class TagExecutor:
     def warm_up(self, num_threads: int) -> None:
         """Nothing to warm."""
 
-    def execute(
-        self, plan: StepPlan, drawing: Sequence[EngineSequence], num_threads: int
-    ) -> list[DrawnToken]:
+    def begin(self, plan: StepPlan, num_threads: int) -> None:
+        self._begun.append(plan)
+
+    def finish(self, drawing: Sequence[EngineSequence]) -> list[DrawnToken]:
         assert self.scheduler is not None
-        for chunk in plan.chunks:
+        for chunk in self._begun.popleft().chunks:
             tags = tags_of(self.scheduler.sequence(chunk.request_id).token_ids)
             blocks = list(chunk.block_ids)
             kv = self._tags_PC[blocks].reshape(-1)
@@ -88,7 +92,9 @@ class SimEngine(EngineThread):
     def __init__(
         self, process: Process, memory: HostMemory, network: Network, *, num_blocks: int
     ) -> None:
-        executor = TagExecutor(memory, network.watch, process.name)
+        executor = TagExecutor(
+            memory, network.watch, process.name, max_num_plans=network.chance.integer(1, 2)
+        )
         limits = EngineLimits(
             vocab_size=VOCAB_SIZE,
             max_context_tokens=1000,

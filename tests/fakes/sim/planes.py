@@ -14,13 +14,15 @@ import xxhash
 
 from engine.errors import KvCorruptionError, KvLeaseLostError, PeerUnavailableError
 from kv_transfer import range_lock
-from kv_transfer.blocks import Bytes, HostBlocks, SlotRange, host_blocks
+from kv_transfer.blocks import HostBlocks, host_blocks
+from kv_transfer.copying import Bytes
 from kv_transfer.frame import FrameError, FrameFlag, FrameHeader, PushStatus
+from kv_transfer.gate import Gate
 from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.sending_rank import RankLink, Target
+from kv_transfer.slot_ranges import SlotRange
 from kv_transfer.states import LeaseState
-from kv_transfer.tcp_intake import _Gate
 from tests.fakes.kv_memory import HostMemory
 from tests.fakes.sim.chance import Chance, Fault
 from tests.fakes.sim.engine import BLOCK_SIZE_TOKENS, LAYOUT, SimEngine
@@ -182,7 +184,7 @@ class SimTcpLink(SimLink):
                 await self._pause()
                 permit.check()
                 await self._pause()
-                connection.send(self._header(permit, part, is_last=part is parts[-1]))
+                connection.send(self._frame(permit, part, is_last=part == parts[-1]))
             status = await self._answer(connection, permit)
         except OSError as error:
             raise PeerUnavailableError(f"data connection: {error}") from error
@@ -202,9 +204,7 @@ class SimTcpLink(SimLink):
             raise ConnectionRefusedError("nobody is there")
         return SimConnection(end, self._network)
 
-    def _header(
-        self, permit: WritePermit, part: SlotRange, *, is_last: bool
-    ) -> tuple[FrameHeader, Bytes]:
+    def _frame(self, permit: WritePermit, part: SlotRange, *, is_last: bool) -> "Frame":
         data = self._source.read(self._end.watch, part)
         header = FrameHeader(
             flags=FrameFlag.LAST if is_last else FrameFlag(0),
@@ -212,14 +212,15 @@ class SimTcpLink(SimLink):
             push=self._num_pushes,
             lease_id=permit.lease_id,
             epoch=permit.epoch,
-            block_id=part.remote_block_id,
+            num_blocks=1,
             first_slot=part.remote_slot,
             num_slots=part.num_slots,
             box=self._transfer.target,
             num_bytes=len(data),
             checksum=xxhash.xxh3_64_intdigest(data.data),
+            ids_checksum=0,
         )
-        return header, data
+        return Frame(header, part.remote_block_id, data)
 
     async def _answer(self, connection: "SimConnection", permit: WritePermit) -> PushStatus:
         """Look at the permit now and then; a peer that is silent for long is given up."""
@@ -243,6 +244,15 @@ class SimTcpLink(SimLink):
             self._connection = None
 
 
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Of one block."""
+
+    header: FrameHeader
+    block_id: int
+    data: Bytes
+
+
 class SimConnection:
     """Frames on their way, and the thread that receives them one after the other."""
 
@@ -252,10 +262,10 @@ class SimConnection:
         self._end = end
         self._chance = network.chance
         self._has_stalled = False
-        self._frames: asyncio.Queue[tuple[FrameHeader, Bytes] | None] = asyncio.Queue()
+        self._frames: asyncio.Queue[Frame | None] = asyncio.Queue()
         end.process.spawn(self._receive())
 
-    def send(self, frame: tuple[FrameHeader, Bytes]) -> None:
+    def send(self, frame: Frame) -> None:
         if self.is_broken.done():
             raise BrokenPipeError("broken")
         self._frames.put_nowait(frame)
@@ -273,9 +283,8 @@ class SimConnection:
         try:
             while (frame := await self._frames.get()) is not None:
                 await self._transit()
-                header, data = frame
-                status = max(status, await self._receive_frame(header, data))
-                if FrameFlag.LAST in header.flags:
+                status = max(status, await self._receive_frame(frame))
+                if FrameFlag.LAST in frame.header.flags:
                     self.answers.put_nowait(status)
                     status = PushStatus.WRITTEN
         except FrameError:
@@ -284,30 +293,33 @@ class SimConnection:
             pass
         self.shutdown()
 
-    async def _receive_frame(self, header: FrameHeader, data: Bytes) -> PushStatus:
-        if not await self._enter(header):
+    async def _receive_frame(self, frame: Frame) -> PushStatus:
+        header, block_id, data = frame.header, frame.block_id, frame.data
+        if not await self._enter(frame):
             await self._transit()
             return PushStatus.LEASE_LOST
         try:
             view = self._end.blocks.slots(
-                header.block_id, header.box, header.first_slot, header.num_slots
+                block_id, header.box, header.first_slot, header.num_slots
             ).reshape(-1)
             if self._chance.hits(Fault.CORRUPT, 0.6 if self._has_stalled else 0.02):
                 data = data.copy()
                 data[self._chance.integer(0, len(data) - 1)] ^= 1 << self._chance.integer(0, 7)
             cut = self._chance.integer(0, len(data))
-            self._end.land(header.lease_id, header.block_id, view[:cut], data[:cut])
+            self._end.land(header.lease_id, block_id, view[:cut], data[:cut])
             await self._transit()
-            self._end.land(header.lease_id, header.block_id, view[cut:], data[cut:])
+            self._end.land(header.lease_id, block_id, view[cut:], data[cut:])
             is_sound = xxhash.xxh3_64_intdigest(view.tobytes()) == header.checksum
             return PushStatus.WRITTEN if is_sound else PushStatus.CORRUPT
         finally:
-            self._end.tcp.gate.leave(header, self)  # type: ignore[arg-type]
+            self._end.tcp.gate.leave(header, self)
 
-    async def _enter(self, header: FrameHeader) -> bool:
+    async def _enter(self, frame: Frame) -> bool:
+        gate, block_ids = self._end.tcp.gate, np.array([frame.block_id])
+        gate.check_shape(frame.header)
         while True:
             try:
-                return self._end.tcp.gate.enter(header, self)  # type: ignore[arg-type]
+                return gate.enter(frame.header, block_ids, self)
             except _WouldWaitError:
                 await asyncio.sleep(0.001)
 
@@ -345,7 +357,7 @@ class SimTcpIntake:
     """As TcpIntake, around the real gate."""
 
     def __init__(self, memory: HostMemory, *, epoch: int) -> None:
-        self.gate = _Gate(epoch, memory.layout)
+        self.gate = Gate(epoch, memory.layout)
         self.gate._has_left = _NoWait()  # type: ignore[assignment]
 
     def open(self, window: WriteWindow) -> None:

@@ -14,7 +14,7 @@ from engine.runtime.commands import SequenceMode, TokenEvent
 from mesh.status import deliberate_error
 from prefill_worker.prefill import PrefillJob
 from tests.fakes.engine import expected_tokens
-from tests.fakes.sim.chance import Chance, Fault, Plan
+from tests.fakes.sim.chance import ALL_FAULTS, Chance, Fault, Plan
 from tests.fakes.sim.network import Network, Process
 from tests.fakes.sim.planes import ReceivingEnd
 from tests.fakes.sim.watch import Watch
@@ -271,10 +271,10 @@ class _Schedule:
         return held
 
 
-def first_violation(seeds: Iterable[int]) -> Watch | None:
+def first_violation(seeds: Iterable[int], faults: frozenset[Fault] = ALL_FAULTS) -> Watch | None:
     """Run plans until one goes wrong."""
     for seed in seeds:
-        watch = run_schedule(Plan(seed))
+        watch = run_schedule(Plan(seed, faults=faults))
         if watch.violations:
             return watch
     return None
