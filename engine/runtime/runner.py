@@ -102,8 +102,8 @@ class ModelRunner:
         """Compute micro-batches on this stage; returns logits_BV, float32, a row a drawing chunk.
 
         On CUDA the result is still being computed when this returns. Stages before the last one
-        return no rows, and neither do ranks of the sequence axis after the first, where a plan
-        is split among them.
+        return no rows, and neither do ranks of the sequence axis after the first. When one of
+        that axis' ranks returns, all have written their KV.
 
         Args:
             plans: at most `num_passes`, in order.
@@ -111,7 +111,7 @@ class ModelRunner:
                 takes part in the experts' exchange. Sends and receives come in `pass_order`.
             num_threads: see `begin`.
         """
-        pipeline, num_ranges = self._pipeline, self.model.num_ranges
+        pipeline, sequence, num_ranges = self._pipeline, self.model.sequence, self.model.num_ranges
         batches: dict[int, tuple[StepPlan, StepBatch]] = {}
         logits: list[torch.Tensor] = []
         for index, range_index in pass_order(num_passes, pipeline.size, num_ranges):
@@ -127,10 +127,11 @@ class ModelRunner:
             hidden_TD = self.model.forward(batch, self.pool, residual_TD, range_index)
             if not is_last:
                 pipeline.send(hidden_TD, (pipeline.rank + 1) % pipeline.size)
-            elif any(chunk.is_drawing for chunk in plan.chunks):
+            elif sequence.rank == 0 and any(chunk.is_drawing for chunk in plan.chunks):
                 logits.append(self._logits(hidden_TD, plan, batch))
             if range_index == num_ranges - 1:
                 del batches[index]
+        sequence.barrier()
         if not logits:
             return torch.empty((0, 0), dtype=torch.float32, device=self._device)
         return logits[0] if len(logits) == 1 else torch.cat(logits)

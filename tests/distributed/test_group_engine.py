@@ -83,8 +83,9 @@ def answers_of_group(group: RankGroup, path: str, settings: dict[str, Any]) -> d
 
 @pytest.mark.parametrize(
     "layout",
-    ["tp=2", "tp=3", "pp=2", "pp=3", "tp=2,pp=2", "pp=2,interleave=2", "tp=2,pp=2,interleave=2"],
-)
+    ["tp=2", "tp=3", "pp=2", "pp=3", "tp=2,pp=2", "pp=2,interleave=2", "tp=2,pp=2,interleave=2",
+     "sp=2", "tp=2,sp=2", "sp=2,pp=2"],
+)  # fmt: skip
 def test_ranks_draw_the_tokens_of_one(
     layout: str, checkpoint: Path, expected: dict[str, list[int]]
 ) -> None:

@@ -4,6 +4,7 @@ A new family is a row of CASES.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -337,3 +338,35 @@ def test_stages_change_no_bit(layout: str, dtype: str, checkpoints: dict[str, An
     found = run_ranks(layout, compute, str(path), dtype)
     assert torch.equal(found[-1]["logits"], alone["logits"])
     assert found[-1]["answer"] == alone["answer"]
+
+
+def ends_of_a_step(group: RankGroup, path: str) -> list[float]:
+    """When this rank had its KV of a step that is too short to split, and when it was done.
+
+    Rank 1 is slow.
+    """
+    steps = Steps(group, path, "float32")
+    steps.last_logits((0, 0, PROMPT))
+    forward = steps.runner.model.forward
+    forward_end_s = 0.0
+
+    def slow_forward(*arguments: Any) -> torch.Tensor:
+        nonlocal forward_end_s
+        if group.rank == 1:
+            time.sleep(0.1)
+        hidden_TD = forward(*arguments)
+        forward_end_s = time.monotonic()
+        return hidden_TD
+
+    steps.runner.model.forward = slow_forward  # type: ignore[method-assign]
+    steps.last_logits((0, len(PROMPT), ANSWER[:1]))
+    end_s = time.monotonic()
+    steps.close()
+    return [forward_end_s, end_s]
+
+
+def test_a_step_is_over_when_all_sequence_ranks_have_its_kv(checkpoints: dict[str, Any]) -> None:
+    """Each of them may be asked to hand it over."""
+    path, _, _ = checkpoint_of("llama", checkpoints)
+    (_, first_end_s), (second_forward_end_s, _) = run_ranks("sp=2", ends_of_a_step, str(path))
+    assert second_forward_end_s <= first_end_s

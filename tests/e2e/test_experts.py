@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from engine.checkpoint.digest import model_digest
+from engine.checkpoint.read import read_config
 from engine.request import SamplingParams
+from engine.runtime.expert_counts import read_counts
 from mesh.channel import open_channel
 from mesh.convert import sampling_to_pb
 from protos.isthmus.v1 import inference_pb2 as pb
@@ -68,21 +71,27 @@ def check_expert_metrics(mesh: MeshProcess) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode", "num_decode"), [("ep=4", "tp=2,ep=2", 2), ("tp=2", "ep=2", 1)]
+    ("prefill", "decode", "num_decode"), [("ep=4", "tp=2,ep=2", 2), ("sp=2,ep=2", "ep=2", 1)]
 )
 async def test_a_mesh_of_expert_groups_gives_the_tokens_of_one_rank(
     prefill: str, decode: str, num_decode: int, mixture: Path, tmp_path: Path
 ) -> None:
     """All prompts at once: data shards share them, and each hands over from and to its ranks."""
+    counts = tmp_path / "experts.json"
+    environment = {"ISTHMUS_ENGINE__EXPERT_COUNTS": str(counts)}
     flags = (
         *("--model", str(mixture), "--dtype", "float32", "--decode", str(num_decode)),
         *("--prefill-parallel", prefill, "--decode-parallel", decode),
     )
-    with mesh_process(tmp_path, *flags) as mesh:
+    with mesh_process(tmp_path, *flags, environment=environment) as mesh:
         async with open_channel(mesh.grpc) as channel:
             stub = pb_grpc.InferenceStub(channel)
             answers = await asyncio.gather(*(complete(stub, prompt) for prompt in prompts()))
         assert mesh.metric("prefill", "isthmus_engine_prefill_tokens_total") == sum(LENGTHS)
         check_expert_metrics(mesh)
+    experts = read_config(mixture).form.experts
+    assert experts is not None
+    kept = read_counts(counts, model_digest=model_digest(mixture), experts=experts)
+    assert all(sum(tokens) > 0 for tokens in kept.values()), "counted by the worker that ended last"
     with one_engine(mixture, "float32") as engine:
         assert answers == [engine.answer(prompt, GREEDY).token_ids for prompt in prompts()]
