@@ -32,6 +32,10 @@ BF16 = [*AVX512, "-mavx512bf16"]
 PORTABLE_UNITS = [
     ("pool", []),
     ("library", []),
+    ("call_linear", []),
+    ("call_rows", []),
+    ("call_attention", []),
+    ("layer", []),
     ("collectives", []),
     ("copy", []),
     ("mailbox", []),
@@ -44,7 +48,8 @@ X86_UNITS = [
     ("level", ["-DLEVEL=avx512", *AVX512]),
     ("level", ["-DLEVEL=avx512_bf16", *BF16]),
     ("dot", BF16),
-    ("amx", [*BF16, "-mamx-tile", "-mamx-bf16"]),
+    ("amx_linear", [*BF16, "-mamx-tile", "-mamx-bf16"]),
+    ("amx_attention", [*BF16, "-mamx-tile", "-mamx-bf16"]),
 ]
 
 

@@ -31,6 +31,56 @@ class HeadShape:
     head_dim: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionParts:
+    """All of a layer from the residual to the attention's output; the arguments of `Kernels`."""
+
+    norm_D: torch.Tensor
+    norm_eps: float
+    qkv: PackedLinear
+    heads: HeadShape
+    rotary_dim: int
+    q_norm_A: torch.Tensor | None
+    k_norm_A: torch.Tensor | None
+    head_norm_eps: float
+    scale: float
+    window: int | None
+    score_cap: float | None
+    sinks_H: torch.Tensor | None
+    output: PackedLinear
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MlpParts:
+    """All of a layer from the residual to the feed-forward block's output, gated with silu."""
+
+    norm_D: torch.Tensor
+    norm_eps: float
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+class FusedAttention(Protocol):
+    """add_rms_norm (rms_norm where nothing is added), linear, rope_and_store, attention, linear."""
+
+    def __call__(
+        self,
+        added_TD: torch.Tensor | None,
+        residual_TD: torch.Tensor,
+        cos_TA: torch.Tensor,
+        sin_TA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+    ) -> torch.Tensor:
+        """residual_TD += added_TD in place; returns y_TD, of the step that was begun."""
+
+
+class FusedMlp(Protocol):
+    """add_rms_norm (rms_norm where nothing is added), linear_silu_mul, linear."""
+
+    def __call__(self, added_TD: torch.Tensor | None, residual_TD: torch.Tensor) -> torch.Tensor:
+        """residual_TD += added_TD in place; returns y_TD, of the step that was begun."""
+
+
 class Kernels(Protocol):
     """Fused operations of one device. No call allocates more than its result; none synchronises."""
 
@@ -125,3 +175,9 @@ class Kernels(Protocol):
             value_dim: for a pool with one part (J = 1): its vector is the key, and the first
                 value_dim dims of it are the value; o_THA is as wide.
         """
+
+    def fuse_attention(self, parts: AttentionParts) -> FusedAttention | None:
+        """The same operations with the same bits in one call; None where the device lacks it."""
+
+    def fuse_mlp(self, parts: MlpParts) -> FusedMlp | None:
+        """The same operations with the same bits in one call; None where the device lacks it."""

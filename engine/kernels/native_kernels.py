@@ -9,12 +9,20 @@ A head dim, P blocks in the pool, J key then value, C slots in a block.
 
 import ctypes
 import logging
-from dataclasses import dataclass
 
 import torch
 
-from engine.kernels.interface import HeadShape, PackedLinear
+from engine.kernels.interface import (
+    AttentionParts,
+    FusedAttention,
+    FusedMlp,
+    HeadShape,
+    MlpParts,
+    PackedLinear,
+)
+from engine.kernels.native_layer import NativeAttention, NativeMlp
 from engine.kernels.native_library import NativeLibrary
+from engine.kernels.native_structures import KvShape, PackedPanels, StepPlan
 from engine.kernels.page_memory import PageMemory, ResultMemory
 from engine.kernels.torch_kernels import TorchKernels
 from engine.kv_cache.batch import StepBatch
@@ -28,24 +36,13 @@ NUM_ELEMENTS_LARGE = 65536
 """From this size on a result lies in memory of our own."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackedPanels:
-    """A weight in the library's layout, and the address that calls need."""
-
-    memory: torch.Tensor
-    address: int
-    bias_F: torch.Tensor | None
-    """float32, whatever the weight is."""
-    bias_address: int | None
-
-
 class NativeKernels:
     """One object serves one engine thread: the step's plan is kept between calls."""
 
     def __init__(self, library: NativeLibrary, dtype: torch.dtype) -> None:
         self.name = f"native-{library.level_names()[-1]}"
-        self._library = library
-        self._dtype = dtype
+        self.library = library
+        self.dtype = dtype
         self._code = DTYPE_CODES[dtype]
         self._weights = PageMemory()
         self._results = ResultMemory()
@@ -54,9 +51,14 @@ class NativeKernels:
         self._torch = TorchKernels(torch.device("cpu"))
         self._lacking: set[str] = set()
         self._kv_key: tuple[object, ...] = ()
-        self._kv_shape = (ctypes.c_int64 * 6)()
+        self._kv_shape = KvShape()
+        self._batch: StepBatch | None = None
+        self._plan = StepPlan(dtype=self._code)
+        self.plan_address = ctypes.addressof(self._plan)
 
     def begin_step(self, batch: StepBatch) -> None:
+        self._batch = batch  # owns the memory that the plan points into
+        self._plan.begin(batch)
         self._num_threads = batch.num_threads
         if batch.num_threads != self._num_torch_threads:
             self._num_torch_threads = batch.num_threads
@@ -64,12 +66,12 @@ class NativeKernels:
 
     def pack_linear(self, weight_FD: torch.Tensor, bias_F: torch.Tensor | None) -> PackedLinear:
         num_out, inner = weight_FD.shape
-        weight_FD = weight_FD.detach().to(self._dtype)
+        weight_FD = weight_FD.detach().to(self.dtype)
         if weight_FD.stride(1) != 1:
             weight_FD = weight_FD.contiguous()
-        num_bytes = self._library.packed_bytes(self._code, num_out, inner)
+        num_bytes = self.library.packed_bytes(self._code, num_out, inner)
         memory = torch.frombuffer(self._weights.take(num_bytes), dtype=torch.uint8)
-        self._library.pack(
+        self.library.pack(
             self._code,
             *(weight_FD.data_ptr(), weight_FD.stride(0), num_out, inner, memory.data_ptr()),
         )
@@ -79,20 +81,20 @@ class NativeKernels:
         return PackedLinear(inner, num_out, panels, bias_F)
 
     def linear(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-        y_TF = self._empty(x_TD.shape[0], packed.out_features, self._dtype)
+        y_TF = self.empty(x_TD.shape[0], packed.out_features, self.dtype)
         self._linear_into(y_TF, x_TD, packed)
         return y_TF
 
     def linear_float32(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
-        y_TF = self._empty(x_TD.shape[0], packed.out_features, torch.float32)
+        y_TF = self.empty(x_TD.shape[0], packed.out_features, torch.float32)
         self._linear_into(y_TF, x_TD, packed)
         return y_TF
 
     def linear_silu_mul(self, x_TD: torch.Tensor, packed: PackedLinear) -> torch.Tensor:
         num_out = packed.out_features // 2
-        if not self._library.has_gated(self._code, num_out):
+        if not self.library.has_gated(self._code, num_out):
             return self.silu_mul(self.linear(x_TD, packed))
-        y_TF = self._empty(x_TD.shape[0], num_out, self._dtype)
+        y_TF = self.empty(x_TD.shape[0], num_out, self.dtype)
         self._linear_into(y_TF, x_TD, packed, is_gated=True)
         return y_TF
 
@@ -108,27 +110,27 @@ class NativeKernels:
         assert isinstance(panels, PackedPanels)
         num_rows, inner = x_TD.shape
         row_stride, stride = x_TD.stride()
-        assert x_TD.dtype is self._dtype, x_TD.dtype
+        assert x_TD.dtype is self.dtype, x_TD.dtype
         assert inner == packed.in_features, (inner, packed.in_features)
         assert stride == 1, stride
-        self._library.linear(
+        self.library.linear(
             *(self._code, x_TD.data_ptr(), row_stride, panels.address, panels.bias_address),
             *(y_TF.data_ptr(), y_TF.dtype is torch.float32, is_gated),
             *(num_rows, inner, y_TF.shape[1], self._num_threads),
         )
 
     def rms_norm(self, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-        if weight_D.dtype is not self._dtype:
+        if weight_D.dtype is not self.dtype:
             return self._torch_for("norms with float32 weights").rms_norm(x_TD, weight_D, eps)
         return self._norm(x_TD, None, weight_D, eps)
 
     def add_rms_norm(
         self, x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        if weight_D.dtype is not self._dtype:
+        if weight_D.dtype is not self.dtype:
             kernels = self._torch_for("norms with float32 weights")
             return kernels.add_rms_norm(x_TD, residual_TD, weight_D, eps)
-        assert residual_TD.dtype is self._dtype, residual_TD.dtype
+        assert residual_TD.dtype is self.dtype, residual_TD.dtype
         assert residual_TD.shape == x_TD.shape, (residual_TD.shape, x_TD.shape)
         assert residual_TD.is_contiguous()
         return self._norm(x_TD, residual_TD.data_ptr(), weight_D, eps)
@@ -138,12 +140,12 @@ class NativeKernels:
     ) -> torch.Tensor:
         num_rows, dim = x_TD.shape
         row_stride, stride = x_TD.stride()
-        assert x_TD.dtype is self._dtype, x_TD.dtype
-        assert weight_D.dtype is self._dtype, weight_D.dtype
+        assert x_TD.dtype is self.dtype, x_TD.dtype
+        assert weight_D.dtype is self.dtype, weight_D.dtype
         assert stride == 1, stride
         assert weight_D.shape == (dim,), weight_D.shape
-        y_TD = self._empty(num_rows, dim, self._dtype)
-        library = self._library
+        y_TD = self.empty(num_rows, dim, self.dtype)
+        library = self.library
         call = library.rms_norm_few if num_rows <= NUM_ROWS_FEW else library.rms_norm
         call(
             *(self._code, x_TD.data_ptr(), row_stride, residual, weight_D.data_ptr(), eps),
@@ -153,11 +155,11 @@ class NativeKernels:
 
     def silu_mul(self, gate_up_TF: torch.Tensor) -> torch.Tensor:
         num_rows, width = gate_up_TF.shape
-        assert gate_up_TF.dtype is self._dtype, gate_up_TF.dtype
+        assert gate_up_TF.dtype is self.dtype, gate_up_TF.dtype
         assert gate_up_TF.is_contiguous()
         assert width % 2 == 0, width
-        y_TF = self._empty(num_rows, width // 2, self._dtype)
-        library = self._library
+        y_TF = self.empty(num_rows, width // 2, self.dtype)
+        library = self.library
         call = library.silu_mul_few if num_rows <= NUM_ROWS_FEW else library.silu_mul
         call(
             *(self._code, gate_up_TF.data_ptr(), y_TF.data_ptr()),
@@ -183,7 +185,7 @@ class NativeKernels:
         lacking = None
         if cos_TA.shape[1] != half:
             lacking = "heads that turn in part"
-        elif norm_A is not None and norm_A.dtype is not self._dtype:
+        elif norm_A is not None and norm_A.dtype is not self.dtype:
             lacking = "norms with float32 weights"
         if lacking is not None:
             return self._torch_for(lacking).rope_and_store(
@@ -194,7 +196,7 @@ class NativeKernels:
             )
         num_rows, width = qkv_TF.shape
         row_stride, stride = qkv_TF.stride()
-        assert qkv_TF.dtype is self._dtype, qkv_TF.dtype
+        assert qkv_TF.dtype is self.dtype, qkv_TF.dtype
         assert stride == 1, stride
         assert width == (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, width
         assert kv_PJGCA.shape[2::2] == (heads.num_kv_heads, heads.head_dim), kv_PJGCA.shape
@@ -203,10 +205,10 @@ class NativeKernels:
         assert cos_TA.is_contiguous()
         assert sin_TA.is_contiguous()
         assert batch.slot_T.shape == (num_rows,), batch.slot_T.shape
-        kv_shape = self._shape_of(kv_PJGCA)
-        q_TF = self._empty(num_rows, heads.num_heads * heads.head_dim, self._dtype)
+        kv_shape = self.kv_shape_address(kv_PJGCA)
+        q_TF = self.empty(num_rows, heads.num_heads * heads.head_dim, self.dtype)
         q_THA = q_TF.view(num_rows, heads.num_heads, heads.head_dim)
-        library = self._library
+        library = self.library
         call = library.rope_few if num_rows <= NUM_ROWS_FEW else library.rope
         call(
             *(self._code, qkv_TF.data_ptr(), row_stride, cos_TA.data_ptr(), sin_TA.data_ptr()),
@@ -267,15 +269,15 @@ class NativeKernels:
                 sinks_H=sinks_H,
                 value_dim=value_dim,
             )
-        assert q_THA.dtype is self._dtype, q_THA.dtype
+        assert q_THA.dtype is self.dtype, q_THA.dtype
         assert q_THA.is_contiguous()
         assert q_THA.shape[2] == kv_PJGCA.shape[4], (q_THA.shape, kv_PJGCA.shape)
         assert q_THA.shape[1] % kv_PJGCA.shape[2] == 0, (q_THA.shape, kv_PJGCA.shape)
-        kv_shape = self._shape_of(kv_PJGCA)
+        kv_shape = self.kv_shape_address(kv_PJGCA)
         num_rows, num_heads, head_dim = q_THA.shape
-        o_THA = self._empty(num_rows, num_heads * head_dim, self._dtype).view(q_THA.shape)
+        o_THA = self.empty(num_rows, num_heads * head_dim, self.dtype).view(q_THA.shape)
         table_BW = batch.block_table_BW
-        self._library.attention(
+        self.library.attention(
             *(self._code, q_THA.data_ptr(), o_THA.data_ptr(), kv_PJGCA.data_ptr(), kv_shape),
             *(num_heads, table_BW.data_ptr(), table_BW.stride(0)),
             *(batch.query_start_B1.data_ptr(), batch.context_len_B.data_ptr()),
@@ -283,7 +285,7 @@ class NativeKernels:
         )
         return o_THA
 
-    def _empty(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         if num_rows * width < NUM_ELEMENTS_LARGE:
             return torch.empty((num_rows, width), dtype=dtype)
         return self._results.empty(num_rows * width, dtype).view(num_rows, width)
@@ -291,17 +293,28 @@ class NativeKernels:
     def _norm_address(self, norm_A: torch.Tensor | None, heads: HeadShape) -> int | None:
         if norm_A is None:
             return None
-        assert norm_A.dtype is self._dtype, norm_A.dtype
+        assert norm_A.dtype is self.dtype, norm_A.dtype
         assert norm_A.shape == (heads.head_dim,), norm_A.shape
         return norm_A.data_ptr()
 
-    def _shape_of(self, kv_PJGCA: torch.Tensor) -> "ctypes.Array[ctypes.c_int64]":
-        """Sizes and strides as the library wants them; the same array for all layers of a pool."""
-        strides = kv_PJGCA.stride()
-        key = (*kv_PJGCA.shape[2:], *strides)
+    def kv_shape_address(self, kv_PJGCA: torch.Tensor) -> int:
+        """Of the same structure for all layers of a pool; it stays valid until another pool's."""
+        key = (*kv_PJGCA.shape, *kv_PJGCA.stride())
         if key != self._kv_key:
-            assert kv_PJGCA.dtype is self._dtype, kv_PJGCA.dtype
-            assert strides[3:] == (kv_PJGCA.shape[4], 1), strides
+            assert kv_PJGCA.dtype is self.dtype, kv_PJGCA.dtype
             self._kv_key = key
-            self._kv_shape = (ctypes.c_int64 * 6)(*key[:6])
-        return self._kv_shape
+            self._kv_shape = KvShape.of(kv_PJGCA)
+        return ctypes.addressof(self._kv_shape)
+
+    def fuse_attention(self, parts: AttentionParts) -> FusedAttention | None:
+        norms = (parts.norm_D, parts.q_norm_A, parts.k_norm_A)
+        is_plain = (
+            all(norm is None or norm.dtype is self.dtype for norm in norms)
+            and parts.rotary_dim == parts.heads.head_dim
+            and parts.score_cap is None
+            and parts.sinks_H is None
+        )
+        return NativeAttention(self, parts) if is_plain else None
+
+    def fuse_mlp(self, parts: MlpParts) -> FusedMlp | None:
+        return NativeMlp(self, parts) if parts.norm_D.dtype is self.dtype else None

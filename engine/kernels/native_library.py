@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 LIBRARY_PATH = Path(__file__).parent / "libisthmus.so"
-VERSION = 2
+VERSION = 3
 
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -27,6 +27,8 @@ _ATTENTION = [
     *(_int, _pointer, _pointer, _pointer, _pointer, _long, _pointer, _long),
     *(_pointer, _pointer, _long, _long, _float, _int),
 ]
+_ATTENTION_HALF = [_pointer] * 9
+_MLP_HALF = [_pointer] * 5
 
 NativeCall = Callable[..., None]
 
@@ -58,6 +60,8 @@ class NativeLibrary:
         )
         self.linear = _bound(releasing, "isthmus_linear", _LINEAR)
         self.attention = _bound(releasing, "isthmus_attention", _ATTENTION)
+        self.attention_half = _bound(releasing, "isthmus_attention_half", _ATTENTION_HALF)
+        self.mlp_half = _bound(releasing, "isthmus_mlp_half", _MLP_HALF)
         self.rms_norm = _bound(releasing, "isthmus_rms_norm", _NORM)
         self.silu_mul = _bound(releasing, "isthmus_silu_mul", _SILU)
         self.rope = _bound(releasing, "isthmus_rope", _ROPE)

@@ -7,7 +7,14 @@ A head dim, P blocks in the pool, J key then value, C slots in a block.
 import torch
 import torch.nn.functional as F
 
-from engine.kernels.interface import HeadShape, PackedLinear
+from engine.kernels.interface import (
+    AttentionParts,
+    FusedAttention,
+    FusedMlp,
+    HeadShape,
+    MlpParts,
+    PackedLinear,
+)
 from engine.kernels.torch_attention import AttentionPlan, Scoring, attend_decode, attend_prompt
 from engine.kv_cache.batch import StepBatch
 
@@ -28,6 +35,12 @@ class TorchKernels:
         if self._device.type == "cpu" and batch.num_threads != self._num_threads:
             self._num_threads = batch.num_threads
             torch.set_num_threads(batch.num_threads)
+
+    def fuse_attention(self, parts: AttentionParts) -> FusedAttention | None:
+        return None
+
+    def fuse_mlp(self, parts: MlpParts) -> FusedMlp | None:
+        return None
 
     def pack_linear(self, weight_FD: torch.Tensor, bias_F: torch.Tensor | None) -> PackedLinear:
         return PackedLinear(weight_FD.shape[1], weight_FD.shape[0], weight_FD.detach(), bias_F)

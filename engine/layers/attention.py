@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from engine.checkpoint.config import ModelConfig
-from engine.kernels.interface import HeadShape, Kernels
+from engine.kernels.interface import AttentionParts, HeadShape, Kernels
 from engine.kv_cache.batch import StepBatch
-from engine.layers.norm import HeadsNorm, NormWeight
+from engine.layers.norm import HeadsNorm, NormWeight, RmsNorm
 from engine.layers.sinks import Sinks
 from engine.parallel.axes import AxisGroup
 from engine.parallel.linear import QkvParallelLinear, RowParallelLinear
@@ -42,6 +42,7 @@ class Attention(nn.Module):
         self._scale = form.attention_scale or config.head_dim**-0.5
         self._score_cap = form.score_cap
         self._norm_eps = config.rms_norm_eps
+        self._rotary_dim = config.rotary_dim
         self.qkv = QkvParallelLinear(
             config.hidden_size,
             HeadShape(config.num_heads, config.num_kv_heads, config.head_dim),
@@ -118,6 +119,32 @@ class Attention(nn.Module):
         )
         y_TD: torch.Tensor = self.output(o_THA.flatten(1))
         return y_TD
+
+    def parts(self, norm: RmsNorm) -> AttentionParts | None:
+        """All of this after `norm`, up to the all-reduce, for `Kernels.fuse_attention`.
+
+        None where something else stands in between: a norm over all heads, or keys and values
+        from other ranks.
+        """
+        if self.full_norms is not None or self._sequence.size > 1:
+            return None
+        assert self.qkv.packed is not None, "weights are not loaded"
+        assert self.output.packed is not None, "weights are not loaded"
+        return AttentionParts(
+            norm_D=norm.weight_D,
+            norm_eps=norm.eps,
+            qkv=self.qkv.packed,
+            heads=self.qkv.heads,
+            rotary_dim=self._rotary_dim,
+            q_norm_A=None if self.q_norm is None else self.q_norm.weight_D,
+            k_norm_A=None if self.k_norm is None else self.k_norm.weight_D,
+            head_norm_eps=self._norm_eps,
+            scale=self._scale,
+            window=self._window,
+            score_cap=self._score_cap,
+            sinks_H=None if self.sinks is None else self.sinks.weight_H,
+            output=self.output.packed,
+        )
 
     def _normalize(self, qkv_TF: torch.Tensor) -> None:
         assert self.full_norms is not None

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from engine.checkpoint.config import ModelConfig
-from engine.kernels.interface import Kernels
+from engine.kernels.interface import Kernels, MlpParts
+from engine.layers.norm import RmsNorm
 from engine.parallel.axes import AxisGroup
 from engine.parallel.linear import GateUpLinear, RowParallelLinear, feature_spans
 
@@ -56,3 +57,19 @@ class Mlp(nn.Module):
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         y_TD: torch.Tensor = self.down(self.gate_up(x_TD))
         return y_TD
+
+    def parts(self, norm: RmsNorm) -> MlpParts | None:
+        """All of this after `norm`, up to the all-reduce, for `Kernels.fuse_mlp`.
+
+        None where the gate goes through another function than silu.
+        """
+        if self.gate_up.activation != "silu":
+            return None
+        assert self.gate_up.packed is not None, "weights are not loaded"
+        assert self.down.packed is not None, "weights are not loaded"
+        return MlpParts(
+            norm_D=norm.weight_D,
+            norm_eps=norm.eps,
+            gate_up=self.gate_up.packed,
+            down=self.down.packed,
+        )

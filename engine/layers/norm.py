@@ -54,15 +54,15 @@ class RmsNorm(NormWeight):
         eps: float | None = None,
     ) -> None:
         super().__init__(size, name=name, form=config.form.norm)
-        self._eps = config.rms_norm_eps if eps is None else eps
+        self.eps = config.rms_norm_eps if eps is None else eps
         self._kernels = kernels
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self._kernels.rms_norm(x_TD, self.weight_D, self._eps)
+        return self._kernels.rms_norm(x_TD, self.weight_D, self.eps)
 
     def add(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
         """residual_TD += x_TD in place; returns the norm of the sum."""
-        return self._kernels.add_rms_norm(x_TD, residual_TD, self.weight_D, self._eps)
+        return self._kernels.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps)
 
 
 class HeadsNorm(NormWeight):

@@ -4,11 +4,13 @@ Shape suffixes: T tokens of this step, D model dim, A one a rotated pair, P bloc
 J key then value, G KV heads, C slots in a block.
 """
 
+from functools import cached_property
+
 import torch
 from torch import nn
 
 from engine.checkpoint.config import ModelConfig
-from engine.kernels.interface import Kernels
+from engine.kernels.interface import FusedAttention, FusedMlp, Kernels
 from engine.kv_cache.batch import StepBatch
 from engine.layers.attention import Attention
 from engine.layers.latent_attention import LatentAttention
@@ -39,6 +41,7 @@ class DecoderLayer(nn.Module):
         form, window = config.form, config.windows[index]
         self.has_local_rope = window is not None and config.local_rope is not None
         self._residual_scale = form.residual_scale
+        self._kernels = kernels
 
         def norm(tensor: str | None) -> RmsNorm | None:
             if tensor is None:
@@ -102,15 +105,59 @@ class DecoderLayer(nn.Module):
 
         `residual_TD` is changed in place. `added_TD` is None before the first layer.
         """
-        x_TD = add_and_norm(self.norm_before_attention, added_TD, residual_TD)
-        attended_TD = self.attention(x_TD, cos_TA, sin_TA, kv_PJGCA, batch)
+        attended_TD = self._attend(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA, batch)
         attended_TD = self._leave(self.norm_after_attention, attended_TD)
+        return self._leave(
+            self.norm_after_mlp, self._feed(attended_TD, residual_TD, batch)
+        )
+
+    @cached_property
+    def fused_attention(self) -> FusedAttention | None:
+        """Norm and attention in one call, if this layer's form and the kernels have it so."""
+        norm, attention = self.norm_before_attention, self.attention
+        if norm is None or isinstance(attention, LatentAttention):
+            return None
+        parts = attention.parts(norm)
+        return None if parts is None else self._kernels.fuse_attention(parts)
+
+    @cached_property
+    def fused_mlp(self) -> FusedMlp | None:
+        """Norm and feed-forward block in one call, if layer and kernels have it so."""
+        norm, mlp = self.norm_before_mlp, self.mlp
+        if norm is None or isinstance(mlp, MoeMlp):
+            return None
+        parts = mlp.parts(norm)
+        return None if parts is None else self._kernels.fuse_mlp(parts)
+
+    def _attend(
+        self,
+        added_TD: torch.Tensor | None,
+        residual_TD: torch.Tensor,
+        cos_TA: torch.Tensor,
+        sin_TA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+        batch: StepBatch,
+    ) -> torch.Tensor:
+        fused, attention = self.fused_attention, self.attention
+        if fused is not None and isinstance(attention, Attention):
+            y_TD = fused(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA)
+            return attention.output.reduced(y_TD)
+        x_TD = add_and_norm(self.norm_before_attention, added_TD, residual_TD)
+        attended_TD: torch.Tensor = attention(x_TD, cos_TA, sin_TA, kv_PJGCA, batch)
+        return attended_TD
+
+    def _feed(
+        self, attended_TD: torch.Tensor, residual_TD: torch.Tensor, batch: StepBatch
+    ) -> torch.Tensor:
+        fused, mlp = self.fused_mlp, self.mlp
+        if fused is not None and isinstance(mlp, Mlp):
+            return mlp.down.reduced(fused(attended_TD, residual_TD))
         x_TD = add_and_norm(self.norm_before_mlp, attended_TD, residual_TD)
-        if isinstance(self.mlp, MoeMlp):
-            y_TD = self.mlp(x_TD, is_split=batch.split is not None)
-        else:
-            y_TD = self.mlp(x_TD)
-        return self._leave(self.norm_after_mlp, y_TD)
+        if isinstance(mlp, MoeMlp):
+            y_TD: torch.Tensor = mlp(x_TD, is_split=batch.split is not None)
+            return y_TD
+        y_TD = mlp(x_TD)
+        return y_TD
 
     def _leave(self, norm: RmsNorm | None, y_TD: torch.Tensor) -> torch.Tensor:
         if norm is not None:

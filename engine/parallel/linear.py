@@ -189,12 +189,12 @@ class GateUpLinear(ParallelLinear):
         super().__init__(
             hidden_size, 2 * len(span), tuple(shards), has_bias=has_bias, kernels=kernels
         )
-        self._activation = activation
+        self.activation = activation
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None, "weights are not loaded"
         kernels = self._kernels
-        match self._activation:
+        match self.activation:
             case "silu":
                 return kernels.linear_silu_mul(x_TD, self.packed)
             case "gelu_tanh":
@@ -245,5 +245,8 @@ class RowParallelLinear(ParallelLinear):
         self._is_reduced = is_reduced
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        y_TF = super().forward(x_TD)
+        return self.reduced(super().forward(x_TD))
+
+    def reduced(self, y_TF: torch.Tensor) -> torch.Tensor:
+        """y_TF of all ranks from this rank's summand; may change it in place."""
         return self._axis.all_reduce(y_TF) if self._is_reduced else y_TF

@@ -9,7 +9,7 @@ typedef float operand;
 
 INLINE void pack_query(int dtype, const attention_job *job, const attention_unit *unit,
                        unit_memory *memory) {
-    int64_t group = job->num_heads / job->num_kv_heads, dim = job->head_dim;
+    int64_t group = job->num_heads / job->kv.num_heads, dim = job->kv.head_dim;
     int64_t token = job->query_start[unit->sequence] + unit->first_query;
     for (int64_t row = 0; row < memory->rows; ++row) {
         int64_t at = ((token + row / group) * job->num_heads + unit->kv_head * group +
@@ -26,10 +26,10 @@ INLINE void pack_keys(int dtype, const attention_job *job, unit_memory *memory, 
     for (int64_t key = 0; key < count; ++key) {
         float *to = memory->keys + key / PANEL * PANEL * dim + key % PANEL;
         const char *from = memory->key_rows[key];
-        for (int64_t i = 0; i < job->head_dim; ++i)
+        for (int64_t i = 0; i < job->kv.head_dim; ++i)
             to[i * PANEL] = dtype == DTYPE_F32 ? ((const float *)from)[i]
                                                : f32_from_bf16(((const uint16_t *)from)[i]);
-        for (int64_t i = job->head_dim; i < dim; ++i) to[i * PANEL] = 0;
+        for (int64_t i = job->kv.head_dim; i < dim; ++i) to[i * PANEL] = 0;
     }
 }
 
@@ -37,7 +37,7 @@ INLINE void pack_keys(int dtype, const attention_job *job, unit_memory *memory, 
 INLINE void pack_values(int dtype, const attention_job *job, unit_memory *memory, int64_t count) {
     for (int64_t key = 0; key < count; ++key)
         for (int64_t i = 0; i < memory->padded_dim; i += LANES) {
-            int64_t left = job->head_dim - i;
+            int64_t left = job->kv.head_dim - i;
             vf v = {0};
             if (left > 0) v = load_any(dtype, memory->value_rows[key], i, left);
             store_f32(memory->values + i / PANEL * PANEL * KEY_CHUNK + key * PANEL + i % PANEL, v);

@@ -47,13 +47,13 @@ static const _Alignas(64) char zero_row[MAX_HEAD_DIM * 4];
 INLINE void locate_rows(const attention_job *job, const attention_unit *unit, unit_memory *memory,
                         int64_t first, int64_t count, int64_t width) {
     const int32_t *table = job->block_table + unit->sequence * job->table_stride;
-    int64_t block = first / job->block_size, offset = first % job->block_size;
-    int64_t row_bytes = job->head_dim * width, side_bytes = job->side_stride * width;
+    int64_t block = first / job->kv.block_size, offset = first % job->kv.block_size;
+    int64_t row_bytes = job->kv.head_dim * width, side_bytes = job->kv.side_stride * width;
     for (int64_t key = 0; key < count; ++block, offset = 0) {
-        const char *row = (const char *)job->kv +
-                          (table[block] * job->block_stride + unit->kv_head * job->head_stride +
-                           offset * job->head_dim) * width;
-        int64_t end = min_i64(count, key + job->block_size - offset);
+        const char *row = (const char *)job->kv_memory +
+                          (table[block] * job->kv.block_stride + unit->kv_head * job->kv.head_stride +
+                           offset * job->kv.head_dim) * width;
+        int64_t end = min_i64(count, key + job->kv.block_size - offset);
         for (; key < end; ++key, row += row_bytes) {
             memory->key_rows[key] = row;
             memory->value_rows[key] = row + side_bytes;
@@ -126,9 +126,9 @@ static __attribute__((noinline)) void merge_rows(int64_t rows, int64_t dim, floa
 
 INLINE void write_row(int dtype, const attention_job *job, const attention_unit *unit, int64_t row,
                       const float *sum, float weight) {
-    int64_t group = job->num_heads / job->num_kv_heads, dim = job->head_dim;
+    int64_t group = job->num_heads / job->kv.num_heads, dim = job->kv.head_dim;
     int64_t token = job->query_start[unit->sequence] + unit->first_query + row / group;
-    int64_t at = (token * job->num_heads + unit->kv_head * group + row % group) * dim;
+    int64_t at = token * job->out_stride + (unit->kv_head * group + row % group) * dim;
     vf inverse = splat(1.0f / weight);
     for (int64_t i = 0; i < dim; i += LANES)
         store_any(dtype, job->out, at + i, dim - i, load_f32(sum + i) * inverse);
@@ -136,14 +136,14 @@ INLINE void write_row(int dtype, const attention_job *job, const attention_unit 
 
 /* A chunk's result of a split unit, which is one query: max and weight of each head, products. */
 INLINE float *partial_at(const attention_job *job, int64_t chunk, int64_t dim) {
-    int64_t group = job->num_heads / job->num_kv_heads;
+    int64_t group = job->num_heads / job->kv.num_heads;
     return job->partials + chunk * group * (dim + 2);
 }
 
 INLINE void attend_block(const attention_job *job, const attention_unit *unit,
                          unit_memory *memory, int64_t row, int64_t key, int64_t first_position,
                          int64_t chunk) {
-    int64_t group = job->num_heads / job->num_kv_heads, dim = memory->padded_dim;
+    int64_t group = job->num_heads / job->kv.num_heads, dim = memory->padded_dim;
     int64_t rows = min_i64(BLOCK_ROWS, memory->rows - row);
     int64_t first, end, unused;
     seen_keys(job, first_position + row / group, key, &first, &unused);
@@ -205,8 +205,8 @@ INLINE void attend_unit(int dtype, const attention_job *job, const attention_uni
 }
 
 INLINE void attend_units(int dtype, const attention_job *job, int64_t begin, int64_t end) {
-    int64_t group = job->num_heads / job->num_kv_heads;
-    int64_t dim = (job->head_dim + 31) / 32 * 32;
+    int64_t group = job->num_heads / job->kv.num_heads;
+    int64_t dim = (job->kv.head_dim + 31) / 32 * 32;
     int64_t max_rows = max_i64(group, UNIT_ROWS);
     max_rows = (max_rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
     size_t bytes[] = {
@@ -253,8 +253,8 @@ INLINE void attend_units(int dtype, const attention_job *job, int64_t begin, int
 /* Partial results of a split unit into its output, in the order of the chunks. The units given
  * here span all chunks of their siblings. */
 INLINE void merge_units(int dtype, const attention_job *job, int64_t begin, int64_t end) {
-    int64_t group = job->num_heads / job->num_kv_heads;
-    int64_t dim = (job->head_dim + 31) / 32 * 32;
+    int64_t group = job->num_heads / job->kv.num_heads;
+    int64_t dim = (job->kv.head_dim + 31) / 32 * 32;
     float *sum = isthmus_scratch(SCRATCH_KERNEL, (size_t)(group * (dim + 2)) * 4);
     float *max = sum + group * dim, *weight = max + group;
     for (int64_t i = begin; i < end; ++i) {

@@ -27,7 +27,7 @@ typedef struct {
     void *out;
     int64_t x_stride, out_stride; /* elements */
     int64_t num_rows, inner, num_out;
-    int64_t rows_per_range, num_panels;
+    int64_t rows_per_range, num_panels; /* filled in by isthmus_run_linear */
     int out_f32;
     int is_gated; /* out = silu(features [0, num_out)) * features [num_out, 2 * num_out) */
 } linear_job;
@@ -47,16 +47,22 @@ typedef struct {
     int64_t dim;
 } silu_job;
 
+/* How a layer's keys and values lie in the pool: kv[block][side][head][slot][dim], the last two
+ * without gaps. Python has the same structure. */
+typedef struct {
+    int64_t num_heads, block_size, head_dim;
+    int64_t block_stride, side_stride, head_stride; /* elements */
+} kv_shape;
+
 typedef struct {
     const void *qkv;
     void *q_out;
-    void *kv;
+    void *kv_memory;
     const float *cos, *sin;
     const void *q_norm, *k_norm; /* or NULL */
     const int64_t *slot;
-    int64_t qkv_stride;
-    int64_t block_stride, side_stride, head_stride; /* of kv, elements */
-    int64_t num_heads, num_kv_heads, head_dim, block_size;
+    int64_t qkv_stride, num_heads;
+    kv_shape kv;
     float eps;
 } rope_job;
 
@@ -70,13 +76,12 @@ typedef struct {
 typedef struct {
     const void *q;
     void *out;
-    const void *kv;
+    const void *kv_memory;
     const int32_t *block_table, *query_start, *context_len;
     const attention_unit *units;
     float *partials;
-    int64_t table_stride;
-    int64_t block_stride, side_stride, head_stride;
-    int64_t num_heads, num_kv_heads, head_dim, block_size;
+    int64_t table_stride, out_stride, num_heads;
+    kv_shape kv;
     int64_t window; /* 0: none */
     float scale;
 } attention_job;
@@ -107,7 +112,8 @@ void isthmus_fill_avx2(kernel_table *table);
 void isthmus_fill_avx512(kernel_table *table);
 void isthmus_fill_avx512_bf16(kernel_table *table);
 void isthmus_fill_dot(kernel_table *table);
-void isthmus_fill_amx(kernel_table *table);
+void isthmus_fill_amx_linear(kernel_table *table);
+void isthmus_fill_amx_attention(kernel_table *table);
 #endif
 
 /* Runs `fn` over [0, num_items) on at most `num_threads` threads, the caller's included.
@@ -115,7 +121,7 @@ void isthmus_fill_amx(kernel_table *table);
 void isthmus_run(chunk_fn *fn, const void *job, int64_t num_items, int num_threads, int guided);
 
 /* Memory of this thread, kept between calls; slots are independent; contents are undefined. */
-enum { SCRATCH_KERNEL = 0, SCRATCH_CALL = 1, SCRATCH_UNITS = 2, NUM_SCRATCH = 3 };
+enum { SCRATCH_KERNEL = 0, SCRATCH_CALL, SCRATCH_UNITS, SCRATCH_LAYER, NUM_SCRATCH };
 void *isthmus_scratch(int slot, size_t bytes);
 
 #endif

@@ -20,6 +20,7 @@
 #include <time.h>
 #if defined(__linux__)
 #include <linux/futex.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -209,9 +210,14 @@ static __thread struct {
 void *isthmus_scratch(int slot, size_t bytes) {
     if (scratch[slot].bytes < bytes) {
         free(scratch[slot].memory);
-        size_t rounded = (bytes + 4095) & ~(size_t)4095;
-        scratch[slot].memory = aligned_alloc(4096, rounded);
+        enum { PAGE = 4096, HUGE_PAGE = 2 << 20 };
+        size_t page = bytes < HUGE_PAGE / 2 ? PAGE : HUGE_PAGE;
+        size_t rounded = (bytes + page - 1) / page * page;
+        scratch[slot].memory = aligned_alloc(page, rounded);
         if (!scratch[slot].memory) abort(); /* as the kernel would a moment later */
+#if defined(__linux__)
+        if (page == HUGE_PAGE) madvise(scratch[slot].memory, rounded, MADV_HUGEPAGE);
+#endif
         scratch[slot].bytes = rounded;
     }
     return scratch[slot].memory;

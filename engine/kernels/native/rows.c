@@ -70,13 +70,13 @@ INLINE void rotate_head(int dtype, const int is_whole, const void *from, int64_t
 }
 
 INLINE void rope_rows(int dtype, const rope_job *job, int64_t begin, int64_t end) {
-    int64_t num_heads = job->num_heads, num_kv_heads = job->num_kv_heads, dim = job->head_dim;
+    int64_t num_heads = job->num_heads, num_kv_heads = job->kv.num_heads, dim = job->kv.head_dim;
     int64_t half = dim / 2;
     size_t width = dtype == DTYPE_F32 ? 4 : 2;
     char *normed = isthmus_scratch(SCRATCH_KERNEL, (size_t)dim * 4);
     for (int64_t row = begin; row < end; ++row) {
         const float *cos = job->cos + row * half, *sin = job->sin + row * half;
-        int64_t block = job->slot[row] / job->block_size, offset = job->slot[row] % job->block_size;
+        int64_t block = job->slot[row] / job->kv.block_size, offset = job->slot[row] % job->kv.block_size;
         for (int64_t head = 0; head < num_heads + num_kv_heads; ++head) {
             int is_query = head < num_heads;
             const void *from = job->qkv;
@@ -87,10 +87,10 @@ INLINE void rope_rows(int dtype, const rope_job *job, int64_t begin, int64_t end
                 from = normed;
                 from_at = 0;
             }
-            void *to = is_query ? job->q_out : job->kv;
+            void *to = is_query ? job->q_out : job->kv_memory;
             int64_t to_at = is_query ? (row * num_heads + head) * dim
-                                     : block * job->block_stride +
-                                           (head - num_heads) * job->head_stride + offset * dim;
+                                     : block * job->kv.block_stride +
+                                           (head - num_heads) * job->kv.head_stride + offset * dim;
             if (half % LANES == 0)
                 rotate_head(dtype, 1, from, from_at, cos, sin, half, to, to_at);
             else
@@ -98,9 +98,9 @@ INLINE void rope_rows(int dtype, const rope_job *job, int64_t begin, int64_t end
         }
         for (int64_t head = 0; head < num_kv_heads; ++head) {
             int64_t from_at = row * job->qkv_stride + (num_heads + num_kv_heads + head) * dim;
-            int64_t to_at = block * job->block_stride + job->side_stride + head * job->head_stride +
+            int64_t to_at = block * job->kv.block_stride + job->kv.side_stride + head * job->kv.head_stride +
                             offset * dim;
-            memcpy((char *)job->kv + to_at * (int64_t)width,
+            memcpy((char *)job->kv_memory + to_at * (int64_t)width,
                    (const char *)job->qkv + from_at * (int64_t)width, (size_t)dim * width);
         }
     }

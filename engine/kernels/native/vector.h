@@ -143,20 +143,36 @@ INLINE vf exp2_f32(vf x) {
 
 #define LOG2_E 1.44269504088896341f
 
+#if defined(__AVX512F__)
+/* 2^x within 2^-17, for what is rounded to 2^-9 soon after; 0 far below -126, inf above 128. */
+INLINE __m512 exp2_rough(__m512 x) {
+    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(9.618437e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5503324e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022648e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, whole);
+}
+#endif
+
 /* gate * sigmoid(gate). For bf16 the quotient is an approximation far below its rounding. */
 INLINE vf silu_any(int dtype, vf gate) {
-    vf e = exp2_f32(gate * splat(-LOG2_E));
 #if defined(__AVX512F__)
     if (dtype == DTYPE_BF16) {
+        __m512 x = _mm512_mul_ps((__m512)gate, _mm512_set1_ps(-LOG2_E));
+        x = _mm512_max_ps(_mm512_set1_ps(-160.0f), x); /* an infinite gate is no NaN; NaN stays */
         /* 2^126 at most: the reciprocal of more would be lost, and inf * 0 below be NaN. */
-        __m512 d = _mm512_min_ps(_mm512_set1_ps(0x1p126f), (__m512)(e + splat(1.0f)));
+        __m512 d = _mm512_add_ps(exp2_rough(x), _mm512_set1_ps(1.0f));
+        d = _mm512_min_ps(_mm512_set1_ps(0x1p126f), d);
         __m512 r = _mm512_rcp14_ps(d);
         r = _mm512_mul_ps(r, _mm512_fnmadd_ps(d, r, _mm512_set1_ps(2.0f)));
         return gate * (vf)r;
     }
 #endif
     (void)dtype;
-    return gate / (splat(1.0f) + e);
+    return gate / (splat(1.0f) + exp2_f32(gate * splat(-LOG2_E)));
 }
 
 INLINE int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
