@@ -4,6 +4,7 @@ Shape suffixes: T tokens of this step, D model dim, F output features, H query h
 A head dim, P blocks in the pool, L layers, J key then value, C slots in a block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,6 +80,22 @@ class FusedMlp(Protocol):
 
     def __call__(self, added_TD: torch.Tensor | None, residual_TD: torch.Tensor) -> torch.Tensor:
         """residual_TD += added_TD in place; returns y_TD, of the step that was begun."""
+
+
+class FusedLayers(Protocol):
+    """A `FusedAttention`, then a `FusedMlp`, for layer after layer."""
+
+    def __call__(
+        self,
+        residual_TD: torch.Tensor,
+        cos_TA: torch.Tensor,
+        sin_TA: torch.Tensor,
+        kv_LPJGCA: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """residual_TD is changed in place; returns what is to be added to it next.
+
+        kv_LPJGCA are views of all layers' parts of one pool.
+        """
 
 
 class Kernels(Protocol):
@@ -181,3 +198,6 @@ class Kernels(Protocol):
 
     def fuse_mlp(self, parts: MlpParts) -> FusedMlp | None:
         """The same operations with the same bits in one call; None where the device lacks it."""
+
+    def fuse_layers(self, layers: Sequence[tuple[FusedAttention, FusedMlp]]) -> FusedLayers | None:
+        """These calls, one after the other, in one; None where the device lacks it."""

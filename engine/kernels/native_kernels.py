@@ -9,18 +9,20 @@ A head dim, P blocks in the pool, J key then value, C slots in a block.
 
 import ctypes
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from engine.kernels.interface import (
     AttentionParts,
     FusedAttention,
+    FusedLayers,
     FusedMlp,
     HeadShape,
     MlpParts,
     PackedLinear,
 )
-from engine.kernels.native_layer import NativeAttention, NativeMlp
+from engine.kernels.native_layer import NativeAttention, NativeLayers, NativeMlp
 from engine.kernels.native_library import NativeLibrary
 from engine.kernels.native_structures import KvShape, PackedPanels, StepPlan
 from engine.kernels.page_memory import PageMemory, ResultMemory
@@ -60,9 +62,7 @@ class NativeKernels:
         self._batch = batch  # owns the memory that the plan points into
         self._plan.begin(batch)
         self._num_threads = batch.num_threads
-        if batch.num_threads != self._num_torch_threads:
-            self._num_torch_threads = batch.num_threads
-            torch.set_num_threads(batch.num_threads)
+        self._use_torch_threads(1)
 
     def pack_linear(self, weight_FD: torch.Tensor, bias_F: torch.Tensor | None) -> PackedLinear:
         num_out, inner = weight_FD.shape
@@ -239,7 +239,17 @@ class NativeKernels:
         if what not in self._lacking:
             self._lacking.add(what)
             logger.warning("no native kernels for %s: plain torch serves, slower", what)
+        self._use_torch_threads(self._num_threads)
         return self._torch
+
+    def _use_torch_threads(self, num_threads: int) -> None:
+        """Torch has one thread until it must serve: after a job its others spin for milliseconds.
+
+        They would hold the cores of this library's threads.
+        """
+        if num_threads != self._num_torch_threads:
+            self._num_torch_threads = num_threads
+            torch.set_num_threads(num_threads)
 
     def attention(
         self,
@@ -318,3 +328,12 @@ class NativeKernels:
 
     def fuse_mlp(self, parts: MlpParts) -> FusedMlp | None:
         return NativeMlp(self, parts) if parts.norm_D.dtype is self.dtype else None
+
+    def fuse_layers(self, layers: Sequence[tuple[FusedAttention, FusedMlp]]) -> FusedLayers | None:
+        native = [
+            (attention, mlp)
+            for attention, mlp in layers
+            if isinstance(attention, NativeAttention) and isinstance(mlp, NativeMlp)
+        ]
+        assert len(native) == len(layers), "halves of these kernels"
+        return NativeLayers(self, native)

@@ -1,17 +1,18 @@
-"""The halves of a plain decoder layer, each as one call of the C library.
+"""The halves of a plain decoder layer, each as one call of the C library, and all layers as one.
 
 Shape suffixes: T tokens of this step, D model dim, A one a rotated pair, P blocks in the pool,
 J key then value, G KV heads, C slots in a block.
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from engine.kernels.interface import AttentionParts, MlpParts
 from engine.kernels.native_library import NativeLibrary
-from engine.kernels.native_structures import AttentionHalf, HalfLinear, MlpHalf
+from engine.kernels.native_structures import AttentionHalf, HalfLinear, MlpHalf, WholeLayer
 
 
 class NativeStep(Protocol):
@@ -33,7 +34,7 @@ class NativeAttention:
 
     def __init__(self, step: NativeStep, parts: AttentionParts) -> None:
         self._step = step
-        self._parts = parts  # owns the memory that the structure points into
+        self.parts = parts  # owns the memory that the structure points into
         norms_A = (parts.q_norm_A, parts.k_norm_A)
         assert all(norm_A is None or norm_A.is_contiguous() for norm_A in norms_A)
         self._half = AttentionHalf(
@@ -47,7 +48,7 @@ class NativeAttention:
             parts.head_norm_eps,
             parts.scale,
         )
-        self._address = ctypes.addressof(self._half)
+        self.address = ctypes.addressof(self._half)
 
     def __call__(
         self,
@@ -57,21 +58,28 @@ class NativeAttention:
         sin_TA: torch.Tensor,
         kv_PJGCA: torch.Tensor,
     ) -> torch.Tensor:
-        step, heads = self._step, self._parts.heads
+        step = self._step
         num_rows = residual_TD.shape[0]
+        self.check(num_rows, cos_TA, sin_TA, kv_PJGCA)
+        added = _address_of_added(added_TD, residual_TD, step.dtype)
+        y_TD = step.empty(num_rows, self.parts.output.out_features, step.dtype)
+        step.library.attention_half(
+            *(self.address, step.plan_address, added, residual_TD.data_ptr()),
+            *(cos_TA.data_ptr(), sin_TA.data_ptr(), kv_PJGCA.data_ptr()),
+            *(step.kv_shape_address(kv_PJGCA), y_TD.data_ptr()),
+        )
+        return y_TD
+
+    def check(
+        self, num_rows: int, cos_TA: torch.Tensor, sin_TA: torch.Tensor, kv_PJGCA: torch.Tensor
+    ) -> None:
+        """What a call assumes of the tensors that it reads by address."""
+        heads = self.parts.heads
         assert cos_TA.dtype is sin_TA.dtype is torch.float32
         assert cos_TA.shape == sin_TA.shape == (num_rows, heads.head_dim // 2), cos_TA.shape
         assert cos_TA.is_contiguous()
         assert sin_TA.is_contiguous()
         assert kv_PJGCA.shape[2::2] == (heads.num_kv_heads, heads.head_dim), kv_PJGCA.shape
-        added = _address_of_added(added_TD, residual_TD, step.dtype)
-        y_TD = step.empty(num_rows, self._parts.output.out_features, step.dtype)
-        step.library.attention_half(
-            *(self._address, step.plan_address, added, residual_TD.data_ptr()),
-            *(cos_TA.data_ptr(), sin_TA.data_ptr(), kv_PJGCA.data_ptr()),
-            *(step.kv_shape_address(kv_PJGCA), y_TD.data_ptr()),
-        )
-        return y_TD
 
 
 class NativeMlp:
@@ -79,23 +87,59 @@ class NativeMlp:
 
     def __init__(self, step: NativeStep, parts: MlpParts) -> None:
         self._step = step
-        self._parts = parts
+        self.parts = parts
         self._half = MlpHalf(
             _address(parts.norm_D),
             HalfLinear.of(parts.gate_up),
             HalfLinear.of(parts.down),
             parts.norm_eps,
         )
-        self._address = ctypes.addressof(self._half)
+        self.address = ctypes.addressof(self._half)
 
     def __call__(self, added_TD: torch.Tensor | None, residual_TD: torch.Tensor) -> torch.Tensor:
         step = self._step
         added = _address_of_added(added_TD, residual_TD, step.dtype)
-        y_TD = step.empty(residual_TD.shape[0], self._parts.down.out_features, step.dtype)
+        y_TD = step.empty(residual_TD.shape[0], self.parts.down.out_features, step.dtype)
         step.library.mlp_half(
-            *(self._address, step.plan_address, added, residual_TD.data_ptr(), y_TD.data_ptr())
+            *(self.address, step.plan_address, added, residual_TD.data_ptr(), y_TD.data_ptr())
         )
         return y_TD
+
+
+class NativeLayers:
+    """A `FusedLayers`."""
+
+    def __init__(
+        self, step: NativeStep, layers: Sequence[tuple[NativeAttention, NativeMlp]]
+    ) -> None:
+        self._step = step
+        self._layers = layers  # owns the structures that these point to
+        self._array = (WholeLayer * len(layers))()
+        for whole, (attention, mlp) in zip(self._array, layers, strict=True):
+            whole.attention, whole.mlp = attention.address, mlp.address
+
+    def __call__(
+        self,
+        residual_TD: torch.Tensor,
+        cos_TA: torch.Tensor,
+        sin_TA: torch.Tensor,
+        kv_LPJGCA: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        step, first_PJGCA = self._step, kv_LPJGCA[0]
+        num_rows, dim = residual_TD.shape
+        self._layers[0][0].check(num_rows, cos_TA, sin_TA, first_PJGCA)
+        for whole, kv_PJGCA in zip(self._array, kv_LPJGCA, strict=True):
+            assert kv_PJGCA.stride() == first_PJGCA.stride(), "layers of one pool are alike"
+            whole.kv_memory = kv_PJGCA.data_ptr()
+        _address_of_added(None, residual_TD, step.dtype)
+        attended_TD = step.empty(num_rows, dim, step.dtype)
+        added_TD = step.empty(num_rows, dim, step.dtype)
+        step.library.layers(
+            *(ctypes.addressof(self._array), len(self._array), step.plan_address),
+            *(residual_TD.data_ptr(), cos_TA.data_ptr(), sin_TA.data_ptr()),
+            *(step.kv_shape_address(first_PJGCA), attended_TD.data_ptr(), added_TD.data_ptr()),
+        )
+        return added_TD
 
 
 def _address(x: torch.Tensor | None) -> int | None:

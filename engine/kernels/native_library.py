@@ -29,6 +29,7 @@ _ATTENTION = [
 ]
 _ATTENTION_HALF = [_pointer] * 9
 _MLP_HALF = [_pointer] * 5
+_LAYERS = [_pointer, _long, *([_pointer] * 7)]
 
 NativeCall = Callable[..., None]
 
@@ -62,6 +63,7 @@ class NativeLibrary:
         self.attention = _bound(releasing, "isthmus_attention", _ATTENTION)
         self.attention_half = _bound(releasing, "isthmus_attention_half", _ATTENTION_HALF)
         self.mlp_half = _bound(releasing, "isthmus_mlp_half", _MLP_HALF)
+        self.layers = _bound(releasing, "isthmus_layers", _LAYERS)
         self.rms_norm = _bound(releasing, "isthmus_rms_norm", _NORM)
         self.silu_mul = _bound(releasing, "isthmus_silu_mul", _SILU)
         self.rope = _bound(releasing, "isthmus_rope", _ROPE)

@@ -101,3 +101,9 @@ class MlpHalf(ctypes.Structure):
     _fields_ = [
         *(("norm", _pointer), ("gate_up", HalfLinear), ("down", HalfLinear), ("eps", _float)),
     ]
+
+
+class WholeLayer(ctypes.Structure):
+    """Both halves of a layer, and where its keys and values lie."""
+
+    _fields_ = [("attention", _pointer), ("mlp", _pointer), ("kv_memory", _pointer)]

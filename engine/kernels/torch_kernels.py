@@ -4,12 +4,15 @@ Shape suffixes: T tokens of this step, D model dim, F output features, H query h
 A head dim, P blocks in the pool, J key then value, C slots in a block.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from engine.kernels.interface import (
     AttentionParts,
     FusedAttention,
+    FusedLayers,
     FusedMlp,
     HeadShape,
     MlpParts,
@@ -40,6 +43,9 @@ class TorchKernels:
         return None
 
     def fuse_mlp(self, parts: MlpParts) -> FusedMlp | None:
+        return None
+
+    def fuse_layers(self, layers: Sequence[tuple[FusedAttention, FusedMlp]]) -> FusedLayers | None:
         return None
 
     def pack_linear(self, weight_FD: torch.Tensor, bias_F: torch.Tensor | None) -> PackedLinear:

@@ -4,7 +4,8 @@ Shape suffixes: T tokens of this step, B sequences, D model dim, V vocabulary, A
 in the pool, J key then value, G KV heads, C slots in a block.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from engine.checkpoint.config import ModelConfig
-from engine.kernels.interface import HeadShape, Kernels
+from engine.kernels.interface import FusedLayers, HeadShape, Kernels
 from engine.kv_cache.batch import StepBatch
 from engine.layers.moe import ExpertLoad, MoeMlp
 from engine.layers.norm import RmsNorm
@@ -130,14 +131,31 @@ class CausalLM(nn.Module):
             residual_TD = self._scaled(self.embedding(batch.token_T))
         assert residual_TD is not None, "the stage before hands its residual on"
         added_TD: torch.Tensor | None = None
-        for place, layer in self._ranges[range_index]:
-            cos_TA, sin_TA = local_tables if layer.has_local_rope else tables
-            kv_PJGCA = kv_pool.layer(place)
-            added_TD = layer(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA, batch)
+        fused = self._fused_ranges[range_index]
+        if fused is not None:
+            kv_LPJGCA = [kv_pool.layer(place) for place, _ in self._ranges[range_index]]
+            added_TD = fused(residual_TD, *tables, kv_LPJGCA)
+        else:
+            for place, layer in self._ranges[range_index]:
+                cos_TA, sin_TA = local_tables if layer.has_local_rope else tables
+                kv_PJGCA = kv_pool.layer(place)
+                added_TD = layer(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA, batch)
         assert added_TD is not None, "a range has layers"
         if self.norm is None or range_index < self.num_ranges - 1:
             return residual_TD.add_(added_TD)
         return self.norm.add(added_TD, residual_TD)
+
+    @cached_property
+    def _fused_ranges(self) -> tuple[FusedLayers | None, ...]:
+        """Each range's layers in one call, if all are plain and the kernels have it; else None.
+
+        Found out at the first step, when weights are packed.
+        """
+        return tuple(self._fused([layer for _, layer in layers]) for layers in self._ranges)
+
+    def _fused(self, layers: Sequence[DecoderLayer]) -> FusedLayers | None:
+        halves = [both for layer in layers if (both := layer.halves()) is not None]
+        return self.kernels.fuse_layers(halves) if len(halves) == len(layers) else None
 
     @torch.inference_mode()
     def serve(self, device: torch.device, range_index: int = 0) -> None:

@@ -42,6 +42,7 @@ class DecoderLayer(nn.Module):
         self.has_local_rope = window is not None and config.local_rope is not None
         self._residual_scale = form.residual_scale
         self._kernels = kernels
+        self._tp = axes.tp
 
         def norm(tensor: str | None) -> RmsNorm | None:
             if tensor is None:
@@ -128,6 +129,20 @@ class DecoderLayer(nn.Module):
             return None
         parts = mlp.parts(norm)
         return None if parts is None else self._kernels.fuse_mlp(parts)
+
+    def halves(self) -> tuple[FusedAttention, FusedMlp] | None:
+        """The whole layer as two calls; None where anything else stands between or around them."""
+        attention, mlp = self.fused_attention, self.fused_mlp
+        norms_after = (self.norm_after_attention, self.norm_after_mlp)
+        is_whole = (
+            self._tp.size == 1
+            and norms_after == (None, None)
+            and self._residual_scale == 1.0
+            and not self.has_local_rope
+        )
+        if attention is None or mlp is None or not is_whole:
+            return None
+        return attention, mlp
 
     def _attend(
         self,

@@ -1,5 +1,6 @@
-/* The two halves of a plain decoder layer, each in one call: what the separate calls do, in their
- * order and with their bits. What passes between them lies in memory that is kept. */
+/* The two halves of a plain decoder layer, each in one call, and all layers in one: what the separate
+ * calls do, in their order and with their bits. What passes between them lies in memory that is
+ * kept. */
 #include "call.h"
 
 typedef struct {
@@ -21,6 +22,12 @@ typedef struct {
     half_linear gate_up, down;
     float eps;
 } mlp_half;
+
+typedef struct {
+    const attention_half *attention;
+    const mlp_half *mlp;
+    void *kv_memory;
+} whole_layer;
 
 typedef struct {
     const int64_t *slot;
@@ -137,4 +144,17 @@ EXPORT void isthmus_mlp_half(const mlp_half *half, const step_plan *step, const 
         isthmus_run_silu(dtype, silu, rows, step->num_threads);
     }
     linear_into(step, &half->down, y, y_stride, 0, out, half->down.num_out);
+}
+
+/* Layer after layer. `attended` passes within a layer, `added` between layers; what the last layer
+ * adds is left in `added`. */
+EXPORT void isthmus_layers(const whole_layer *layers, int64_t num_layers, const step_plan *step,
+                           void *residual, const float *cos, const float *sin,
+                           const kv_shape *shape, void *attended, void *added) {
+    for (int64_t i = 0; i < num_layers; ++i) {
+        const whole_layer *layer = &layers[i];
+        isthmus_attention_half(layer->attention, step, i ? added : NULL, residual, cos, sin,
+                               layer->kv_memory, shape, attended);
+        isthmus_mlp_half(layer->mlp, step, attended, residual, added);
+    }
 }

@@ -6,23 +6,27 @@
 #define PASTE(a, b) PASTE_(a, b)
 #define NAME(base) PASTE(base, LEVEL)
 
+/* Squares are summed in this many vectors, so that no addition waits for the one before. */
+enum { NUM_SUMS = 4 };
+
 /* Writes norm(x + residual) * weight, and the sum, rounded, to the residual if there is one. Rows
  * of whole vectors, `is_whole`, need no masks. */
 INLINE void norm_row(int dtype, const int is_whole, const void *x, int64_t x_at, void *residual,
                      int64_t residual_at, const void *weight, float eps, int64_t dim, void *out,
                      int64_t out_at) {
 #define COUNT(i) (is_whole ? LANES : dim - (i))
-    vf squares = {0};
-    for (int64_t i = 0; i < dim; i += LANES) {
+    vf squares[NUM_SUMS] = {0};
+    for (int64_t i = 0, sum = 0; i < dim; i += LANES, sum = (sum + 1) % NUM_SUMS) {
         vf v = load_any(dtype, x, x_at + i, COUNT(i));
         if (residual) {
             v = round_any(dtype, v + load_any(dtype, residual, residual_at + i, COUNT(i)));
             store_any(dtype, residual, residual_at + i, COUNT(i), v);
         }
-        squares += v * v;
+        squares[sum] += v * v;
     }
+    for (int sum = 1; sum < NUM_SUMS; ++sum) squares[0] += squares[sum];
     if (residual) x = residual, x_at = residual_at;
-    vf scale = splat(1.0f / sqrtf(sum_lanes(squares) / (float)dim + eps));
+    vf scale = splat(1.0f / sqrtf(sum_lanes(squares[0]) / (float)dim + eps));
     for (int64_t i = 0; i < dim; i += LANES) {
         vf v = round_any(dtype, load_any(dtype, x, x_at + i, COUNT(i)) * scale);
         store_any(dtype, out, out_at + i, COUNT(i), v * load_any(dtype, weight, i, COUNT(i)));
