@@ -49,7 +49,6 @@ class NativeKernels:
         self._weights = PageMemory()
         self._results = ResultMemory()
         self._num_threads = 1
-        self._num_torch_threads = 0
         self._torch = TorchKernels(torch.device("cpu"))
         self._lacking: set[str] = set()
         self._kv_key: tuple[object, ...] = ()
@@ -247,8 +246,7 @@ class NativeKernels:
 
         They would hold the cores of this library's threads.
         """
-        if num_threads != self._num_torch_threads:
-            self._num_torch_threads = num_threads
+        if num_threads != torch.get_num_threads():
             torch.set_num_threads(num_threads)
 
     def attention(

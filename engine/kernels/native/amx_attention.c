@@ -103,65 +103,65 @@ INLINE void pack_values(int dtype, const attention_job *job, unit_memory *memory
     }
 }
 
-/* Of the 32 lanes from `i` on, those in [first, end). */
+/* Of the 32 keys from `i` on, those in [first, end). */
 INLINE __mmask32 lanes_between(int64_t i, int64_t first, int64_t end) {
     uint64_t below_end = ((uint64_t)1 << max_i64(min_i64(end - i, 32), 0)) - 1;
     uint64_t below_first = ((uint64_t)1 << max_i64(min_i64(first - i, 32), 0)) - 1;
     return (__mmask32)(below_end & ~below_first);
 }
 
-INLINE int sees_whole(seen_span span) {
-    return span.first <= span.block_first && span.end >= span.block_end;
-}
+/* Runs `step(is_whole, i)` on each 32 keys from `i` of a row's span, those seen whole without masks;
+ * `i` ends past the last. */
+#define FOR_SEEN_KEYS(i, span, step)                                                   \
+    do {                                                                               \
+        int64_t first_whole_ = ((span).first + 31) / 32 * 32;                          \
+        int64_t end_whole_ = (span).end / 32 * 32;                                     \
+        for (; (i) < (span).end && (i) < first_whole_; (i) += 32) step(0, i);          \
+        for (; (i) < end_whole_; (i) += 32) step(1, i);                                \
+        for (; (i) < (span).end; (i) += 32) step(0, i);                                \
+    } while (0)
 
-INLINE __mmask32 seen_lanes(const int is_whole, seen_span span, int64_t i) {
-    return is_whole ? ~(__mmask32)0 : lanes_between(i, span.first, span.end);
-}
-
-INLINE void find_max_of(const int is_whole, const unit_memory *memory, int64_t row, seen_span span,
-                        float scale) {
+INLINE void find_max(const unit_memory *memory, int64_t row, seen_span span, float scale) {
     const float *scores = memory->scores + row * SCORE_STRIDE;
     __m512 largest = _mm512_set1_ps(-INFINITY), other = largest;
-    for (int64_t i = span.block_first; i < span.block_end; i += 32) {
-        __mmask32 seen = seen_lanes(is_whole, span, i);
-        __m512 a = _mm512_load_ps(scores + i), b = _mm512_load_ps(scores + i + 16);
-        largest = _mm512_mask_max_ps(largest, (__mmask16)seen, largest, a);
-        other = _mm512_mask_max_ps(other, (__mmask16)(seen >> 16), other, b);
-    }
+#define STEP(is_whole, i)                                                                        \
+    do {                                                                                         \
+        __mmask32 seen = (is_whole) ? ~(__mmask32)0 : lanes_between(i, span.first, span.end);    \
+        __m512 a = _mm512_load_ps(scores + (i)), b = _mm512_load_ps(scores + (i) + 16);          \
+        largest = _mm512_mask_max_ps(largest, (__mmask16)seen, largest, a);                      \
+        other = _mm512_mask_max_ps(other, (__mmask16)(seen >> 16), other, b);                    \
+    } while (0)
+    int64_t i = span.block_first;
+    FOR_SEEN_KEYS(i, span, STEP);
+#undef STEP
     memory->chunk_max[row] = _mm512_reduce_max_ps(_mm512_max_ps(largest, other)) * scale;
 }
 
-INLINE void weigh_row_of(const int is_whole, const unit_memory *memory, int64_t row,
-                         seen_span span, float scale) {
+INLINE void weigh_row(const unit_memory *memory, int64_t row, seen_span span, float scale) {
     const float *scores = memory->scores + row * SCORE_STRIDE;
     operand *weights = memory->weights + row * WEIGHT_STRIDE;
     __m512 factor = _mm512_set1_ps(scale), base = _mm512_set1_ps(memory->chunk_max[row]);
     __m512 total = _mm512_setzero_ps(), other_total = total;
-    for (int64_t i = span.block_first; i < span.block_end; i += 32) {
-        __mmask32 seen = seen_lanes(is_whole, span, i);
-        __m512 a = _mm512_fmsub_ps(_mm512_load_ps(scores + i), factor, base);
-        __m512 b = _mm512_fmsub_ps(_mm512_load_ps(scores + i + 16), factor, base);
-        a = _mm512_maskz_mov_ps((__mmask16)seen, exp2_rough(a));
-        b = _mm512_maskz_mov_ps((__mmask16)(seen >> 16), exp2_rough(b));
-        total = _mm512_add_ps(total, a);
-        other_total = _mm512_add_ps(other_total, b);
-        _mm512_store_si512(weights + i, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-    }
+#define STEP(is_whole, i)                                                                        \
+    do {                                                                                         \
+        __m512 a = _mm512_fmsub_ps(_mm512_load_ps(scores + (i)), factor, base);                  \
+        __m512 b = _mm512_fmsub_ps(_mm512_load_ps(scores + (i) + 16), factor, base);             \
+        a = exp2_rough(a);                                                                       \
+        b = exp2_rough(b);                                                                       \
+        if (!(is_whole)) {                                                                       \
+            __mmask32 seen = lanes_between(i, span.first, span.end);                             \
+            a = _mm512_maskz_mov_ps((__mmask16)seen, a);                                         \
+            b = _mm512_maskz_mov_ps((__mmask16)(seen >> 16), b);                                 \
+        }                                                                                        \
+        total = _mm512_add_ps(total, a);                                                         \
+        other_total = _mm512_add_ps(other_total, b);                                             \
+        _mm512_store_si512(weights + (i), (__m512i)_mm512_cvtne2ps_pbh(b, a));                   \
+    } while (0)
+    int64_t i = span.block_first;
+    FOR_SEEN_KEYS(i, span, STEP);
+#undef STEP
+    for (; i < span.block_end; i += 32) _mm512_store_si512(weights + i, _mm512_setzero_si512());
     memory->chunk_weight[row] = _mm512_reduce_add_ps(_mm512_add_ps(total, other_total));
-}
-
-INLINE void find_max(const unit_memory *memory, int64_t row, seen_span span, float scale) {
-    if (sees_whole(span))
-        find_max_of(1, memory, row, span, scale);
-    else
-        find_max_of(0, memory, row, span, scale);
-}
-
-INLINE void weigh_row(const unit_memory *memory, int64_t row, seen_span span, float scale) {
-    if (sees_whole(span))
-        weigh_row_of(1, memory, row, span, scale);
-    else
-        weigh_row_of(0, memory, row, span, scale);
 }
 
 /* c[rows][0..32) = a[rows][0..32 * steps) @ panel. `configure(rows)` went before. The sums run in
