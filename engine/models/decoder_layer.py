@@ -108,9 +108,7 @@ class DecoderLayer(nn.Module):
         """
         attended_TD = self._attend(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA, batch)
         attended_TD = self._leave(self.norm_after_attention, attended_TD)
-        return self._leave(
-            self.norm_after_mlp, self._feed(attended_TD, residual_TD, batch)
-        )
+        return self._leave(self.norm_after_mlp, self._feed(attended_TD, residual_TD, batch))
 
     @cached_property
     def fused_attention(self) -> FusedAttention | None:
@@ -170,8 +168,8 @@ class DecoderLayer(nn.Module):
         x_TD = add_and_norm(self.norm_before_mlp, attended_TD, residual_TD)
         if isinstance(mlp, MoeMlp):
             y_TD: torch.Tensor = mlp(x_TD, is_split=batch.split is not None)
-            return y_TD
-        y_TD = mlp(x_TD)
+        else:
+            y_TD = mlp(x_TD)
         return y_TD
 
     def _leave(self, norm: RmsNorm | None, y_TD: torch.Tensor) -> torch.Tensor:

@@ -59,7 +59,8 @@ def batch_of(query_lens: tuple[int, ...], context_lens: tuple[int, ...]) -> Step
     """Sequences one after the other in the pool; the queries are the last tokens of each."""
     widths = [-(-length // BLOCK_SIZE_TOKENS) for length in context_lens]
     table_BW = torch.zeros(len(widths), max(widths), dtype=torch.int32)
-    slots, first = [], 0
+    slots: list[int] = []
+    first = 0
     for row, (width, num_queries, length) in enumerate(
         zip(widths, query_lens, context_lens, strict=True)
     ):
