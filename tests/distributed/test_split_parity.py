@@ -292,11 +292,19 @@ def test_split_over_ranks_equals_transformers(layout: str, checkpoints: dict[str
         assert_logits_near(ranks, expected, name)
 
 
-@pytest.mark.parametrize("layout", ["tp=3", "tp=2,pp=2"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("llama-uneven", "tp=3"),
+        ("llama-uneven", "tp=2,pp=2"),
+        ("deepseek-v3", "ep=2"),
+        ("mixtral", "tp=2,sp=2,ep=2"),
+    ],
+)
 def test_ranks_of_several_hosts_equal_transformers(
-    layout: str, checkpoints: dict[str, Any]
+    name: str, layout: str, checkpoints: dict[str, Any]
 ) -> None:
-    path, expected, answer = checkpoint_of("llama-uneven", checkpoints)
+    path, expected, answer = checkpoint_of(name, checkpoints)
     found = run_ranks(layout, compute, str(path), config=TCP)
     assert all(rank["answer"] == answer for rank in found)
     assert_logits_near(found, expected)
