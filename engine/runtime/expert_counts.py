@@ -1,12 +1,14 @@
 """Tokens by expert, kept from one run of a worker to the next, and the placement they ask for."""
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
+from engine.checkpoint.digest import model_digest
 from engine.checkpoint.form import ExpertsForm
 from engine.config import EngineConfig
 from engine.parallel.axes import AxisGroup
@@ -24,22 +26,22 @@ class ExpertCounts(msgspec.Struct, frozen=True):
     model_digest: str
     tokens: ExpertTokens
 
-    def check(self, model_digest: str, experts: ExpertsForm, source: Path) -> None:
+    def check(self, digest: str, experts: ExpertsForm, source: Path) -> None:
         """Raises ValueError unless they were counted for this model."""
         is_whole = self.tokens.keys() == experts.layers and all(
             len(counts) == experts.num_experts and min(counts) >= 0
             for counts in self.tokens.values()
         )
-        if self.model_digest != model_digest or not is_whole:
+        if self.model_digest != digest or not is_whole:
             raise ValueError(
                 f"{source} has the tokens of {len(self.tokens)} layers' experts, counted for model "
-                f"{self.model_digest}, not for {model_digest} with {len(experts.layers)} layers of "
+                f"{self.model_digest}, not for {digest} with {len(experts.layers)} layers of "
                 f"{experts.num_experts}; remove it, or name another file"
             )
 
 
-def read_counts(path: Path, *, model_digest: str, experts: ExpertsForm) -> ExpertTokens:
-    """By layer; empty where there is no file yet.
+def read_counts(path: Path, *, digest: str, experts: ExpertsForm) -> ExpertTokens:
+    """By layer.
 
     Raises:
         ValueError: it cannot be read, or was counted for another model.
@@ -48,15 +50,13 @@ def read_counts(path: Path, *, model_digest: str, experts: ExpertsForm) -> Exper
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{path} is larger than {_MAX_BYTES} bytes")
         counts = msgspec.json.decode(path.read_bytes(), type=ExpertCounts)
-    except FileNotFoundError:
-        return {}
     except (OSError, msgspec.DecodeError) as error:
         raise ValueError(f"{path} cannot be read as tokens by expert: {error}") from error
-    counts.check(model_digest, experts, path)
+    counts.check(digest, experts, path)
     return counts.tokens
 
 
-def write_counts(path: Path, ranks: Sequence[ExpertTokens], *, model_digest: str) -> None:
+def write_counts(path: Path, ranks: Sequence[ExpertTokens], *, digest: str) -> None:
     """Replace the file by the sum over `ranks`; one that counted nothing leaves it as it is."""
     tokens: ExpertTokens = {}
     for each in ranks:
@@ -67,24 +67,24 @@ def write_counts(path: Path, ranks: Sequence[ExpertTokens], *, model_digest: str
         return
     new = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        new.write_bytes(msgspec.json.encode(ExpertCounts(model_digest, tokens)))
+        new.write_bytes(msgspec.json.encode(ExpertCounts(digest, tokens)))
         new.replace(path)
     except OSError as error:
         logger.warning("tokens by expert are not kept: %s", error)
 
 
 def wanted_placements(
-    config: EngineConfig, experts: ExpertsForm, *, model_digest: str, num_ranks: int
+    config: EngineConfig, experts: ExpertsForm, model_path: Path, *, num_ranks: int
 ) -> dict[int, ExpertPlacement]:
     """Where rank 0 wants the experts of each layer on `num_ranks` ranks; empty: evenly.
 
     Raises:
         ValueError: the counts cannot be used, or there are more ranks than experts.
     """
-    if config.expert_counts is None:
-        return {}
     path = config.expert_counts
-    tokens = read_counts(path, model_digest=model_digest, experts=experts)
+    if path is None or not path.exists():
+        return {}
+    tokens = read_counts(path, digest=model_digest(model_path), experts=experts)
     logger.info("experts placed by %s, layers=%d", path, len(tokens))
     return {
         layer: ExpertPlacement.balanced(counts, num_ranks, num_spare=config.num_spare_experts)
@@ -99,6 +99,6 @@ def share_placements(
     told = None
     if placements is not None:
         told = msgspec.json.encode({layer: each.experts_of for layer, each in placements.items()})
-    heard = world.broadcast_bytes(told, max_bytes=_MAX_BYTES)
+    heard = world.broadcast_bytes(told, max_bytes=_MAX_BYTES, timeout_s=math.inf)
     found = msgspec.json.decode(heard, type=dict[int, tuple[tuple[int, ...], ...]])
     return {layer: ExpertPlacement(experts_of) for layer, experts_of in found.items()}

@@ -127,7 +127,7 @@ def test_replicas_of_hot_experts_change_no_token(
     assert leader["experts"] == [[0, 1, 3, 4]] * 4
     experts = read_config(mixture).form.experts
     assert experts is not None
-    kept = read_counts(path, model_digest=model_digest(mixture), experts=experts)
+    kept = read_counts(path, digest=model_digest(mixture), experts=experts)
     assert kept != tokens
     assert all(sum(counts) > 0 for counts in kept.values())
 

@@ -91,7 +91,7 @@ async def test_a_mesh_of_expert_groups_gives_the_tokens_of_one_rank(
         check_expert_metrics(mesh)
     experts = read_config(mixture).form.experts
     assert experts is not None
-    kept = read_counts(counts, model_digest=model_digest(mixture), experts=experts)
+    kept = read_counts(counts, digest=model_digest(mixture), experts=experts)
     assert all(sum(tokens) > 0 for tokens in kept.values()), "counted by the worker that ended last"
     with one_engine(mixture, "float32") as engine:
         assert answers == [engine.answer(prompt, GREEDY).token_ids for prompt in prompts()]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.checkpoint.digest import model_digest
 from engine.checkpoint.form import ExpertsForm
 from engine.config import EngineConfig
 from engine.parallel.axes import AxisGroup
@@ -22,18 +23,17 @@ SUM = {1: [7, 2, 2, 0], 3: [5, 5, 5, 5]}
 
 def test_the_ranks_counts_are_added_and_come_back(tmp_path: Path) -> None:
     path = tmp_path / "counts.json"
-    write_counts(path, RANKS, model_digest="ab")
-    assert read_counts(path, model_digest="ab", experts=FORM) == SUM
-    write_counts(path, [{1: [0] * 4, 3: [0] * 4}], model_digest="ab")
-    assert read_counts(path, model_digest="ab", experts=FORM) == SUM, "nothing was counted"
+    write_counts(path, RANKS, digest="ab")
+    assert read_counts(path, digest="ab", experts=FORM) == SUM
+    write_counts(path, [{1: [0] * 4, 3: [0] * 4}], digest="ab")
+    assert read_counts(path, digest="ab", experts=FORM) == SUM, "nothing was counted"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_no_file_yet_is_no_counts(tmp_path: Path) -> None:
     path = tmp_path / "counts.json"
-    assert read_counts(path, model_digest="ab", experts=FORM) == {}
     config = EngineConfig(expert_counts=path, num_spare_experts=1)
-    assert wanted_placements(config, FORM, model_digest="ab", num_ranks=2) == {}
+    assert wanted_placements(config, FORM, tmp_path, num_ranks=2) == {}
 
 
 @pytest.mark.parametrize(
@@ -52,21 +52,23 @@ def test_other_counts_are_refused(content: bytes, digest: str, words: str, tmp_p
     path = tmp_path / "counts.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=words):
-        read_counts(path, model_digest=digest, experts=FORM)
+        read_counts(path, digest=digest, experts=FORM)
 
 
 def test_a_file_that_cannot_be_written_does_not_end_the_worker(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_counts(tmp_path / "none" / "counts.json", RANKS, model_digest="ab")
+    write_counts(tmp_path / "none" / "counts.json", RANKS, digest="ab")
     assert "are not kept" in caplog.text
 
 
 def test_counts_become_a_placement_that_is_told_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "counts.json"
-    write_counts(path, RANKS, model_digest="ab")
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"a model")
+    write_counts(path, RANKS, digest=model_digest(model))
     config = EngineConfig(expert_counts=path, num_spare_experts=1)
-    wanted = wanted_placements(config, FORM, model_digest="ab", num_ranks=2)
+    wanted = wanted_placements(config, FORM, model, num_ranks=2)
     assert wanted[1] == ExpertPlacement(((0, 1, 2), (0, 1, 3)))
     assert share_placements(wanted, AxisGroup()) == wanted
 
