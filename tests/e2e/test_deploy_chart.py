@@ -40,6 +40,8 @@ EVERYTHING = (
     *("--set", "decode.tolerations[0].key=gpu", "--set", "decode.tolerations[0].operator=Exists"),
     *("--set", "decode.nodeSelector.pool=decode", "--set", "extraEnv[0].name=HF_HUB_OFFLINE"),
     *("--set-string", "extraEnv[0].value=1", "--set", "decode.extraArgs[0]=--log-level=debug"),
+    *("--set", "store.enabled=true", "--set", "store.replicas=2"),
+    *("--set", "store.spillVolume.emptyDir.sizeLimit=20Gi"),
     *("--set-json", 'decode.resources={"limits":{"nvidia.com/gpu":1,"cpu":"4"}}'),
 )
 EXTERNAL_REDIS = ("--set", "redis.enabled=false", "--set", "redis.url=redis://elsewhere:6379/1")
@@ -47,6 +49,7 @@ SECRET_REDIS = (
     *("--set", "redis.enabled=false", "--set", "redis.existingSecret.name=redis"),
     *("--set", "redis.existingSecret.key=url"),
 )
+STORE = ("--set", "store.enabled=true")
 BARE = ("--set", "networkPolicy.enabled=false", "--set", "podDisruptionBudget.enabled=false")
 
 
@@ -57,8 +60,8 @@ def test_lint_finds_nothing() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [(), EVERYTHING, EXTERNAL_REDIS, SECRET_REDIS, BARE],
-    ids=["defaults", "everything", "external-redis", "secret-redis", "bare"],
+    [(), EVERYTHING, EXTERNAL_REDIS, SECRET_REDIS, BARE, STORE],
+    ids=["defaults", "everything", "external-redis", "secret-redis", "bare", "store"],
 )
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
 def test_every_object_is_valid(flags, version) -> None:
@@ -85,9 +88,9 @@ def test_an_autoscaled_pool_leaves_its_replicas_to_the_autoscaler() -> None:
     assert scalers["mesh-isthmus-decode"]["spec"]["scaleTargetRef"]["name"] == "mesh-isthmus-decode"
 
 
-@pytest.mark.parametrize("role", ["gateway", "prefill", "decode"])
+@pytest.mark.parametrize("role", ["gateway", "prefill", "decode", "store"])
 def test_a_pod_has_time_to_drain_and_says_over_grpc_whether_it_serves(role) -> None:
-    deployment = named(rendered("--set", f"{role}.drainSeconds=77"), "Deployment")[
+    deployment = named(rendered(*STORE, "--set", f"{role}.drainSeconds=77"), "Deployment")[
         f"mesh-isthmus-{role}"
     ]
     pod, main = deployment["spec"]["template"]["spec"], container(deployment)
@@ -106,8 +109,21 @@ def test_a_gateway_without_workers_is_not_restarted() -> None:
     assert main["startupProbe"]["httpGet"]["path"] == "/live"
 
 
+def test_a_store_runs_only_where_it_is_asked_for_and_fits_its_pod() -> None:
+    assert "mesh-isthmus-store" not in named(rendered(), "Deployment")
+    objects = rendered(*STORE, "--set", "store.spillVolume.emptyDir.sizeLimit=20Gi")
+    deployment = named(objects, "Deployment")["mesh-isthmus-store"]
+    main = container(deployment)
+    assert "--memory-bytes=4294967296" in main["args"], "no float, no exponent"
+    assert main["resources"]["requests"]["memory"] == "5Gi"
+    assert {"--spill-dir=/spill", "--spill-bytes=17179869184"} <= set(main["args"])
+    volumes = deployment["spec"]["template"]["spec"]["volumes"]
+    assert {"name": "spill", "emptyDir": {"sizeLimit": "20Gi"}} in volumes
+    assert {"name": "spill", "mountPath": "/spill"} in main["volumeMounts"]
+
+
 def test_selectors_match_their_pods_and_no_others() -> None:
-    objects = rendered()
+    objects = rendered(*STORE)
     pods = {
         name: one["spec"]["template"]["metadata"]["labels"]
         for name, one in named(objects, "Deployment").items()
@@ -126,6 +142,7 @@ def test_selectors_match_their_pods_and_no_others() -> None:
         (("--set", "decode.replica=2"), "replica"),
         (("--set", "decode.replicas=0"), "replicas"),
         (("--set", "model.dtype=int4"), "dtype"),
+        (("--set", "store.memoryBytes=4Gi"), "memoryBytes"),
         (("--set", "telemetry.otlpEndpoint=jaeger:4317"), "otlpEndpoint"),
         (("--set", "redis.enabled=false"), "set redis.url or redis.existingSecret"),
     ],
@@ -140,5 +157,5 @@ def test_every_value_is_in_the_schema() -> None:
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     schema = json.loads((CHART / "values.schema.json").read_text())
     assert values.keys() <= schema["properties"].keys()
-    for name in ("gateway", "prefill", "decode", "model", "redis"):
+    for name in ("gateway", "prefill", "decode", "store", "model", "redis"):
         assert values[name].keys() <= schema["properties"][name]["properties"].keys()

@@ -21,7 +21,7 @@ from tests.checkpoints import tiny_checkpoint
 from tests.e2e.test_deploy_chart import container, named, rendered
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-ROLES = ("gateway", "prefill", "decode")
+ROLES = ("gateway", "prefill", "decode", "store")
 READY_TIMEOUT_S = 120.0
 
 
@@ -39,7 +39,8 @@ def compose_commands() -> dict[str, tuple[list[str], dict[str, str]]]:
 
 def chart_commands(redis_url: str) -> dict[str, tuple[list[str], dict[str, str]]]:
     """Arguments with $(NAME) replaced as the kubelet does."""
-    objects = rendered("--set", "redis.enabled=false", "--set", f"redis.url={redis_url}")
+    redis = ("--set", "redis.enabled=false", "--set", f"redis.url={redis_url}")
+    objects = rendered(*redis, "--set", "store.enabled=true")
     deployments = named(objects, "Deployment")
     commands = {}
     for role in ROLES:
@@ -61,8 +62,8 @@ def overrides(role: str, model: Path, redis_url: str, ready_file: Path) -> list[
     if role == "gateway":
         return [*flags, "--http-port=0", "--grpc-port=0"]
     flags += ["--port=0", "--metrics-port=0", "--kv-pool-bytes=8000000", "--num-threads=1"]
-    flags += ["--advertise-address=127.0.0.1:0"]
-    return [*flags, "--data-address=0.0.0.0:0"] if role == "decode" else flags
+    flags += ["--advertise-address=127.0.0.1:0", "--data-address=0.0.0.0:0"]
+    return [*flags, "--memory-bytes=8000000"] if role == "store" else flags
 
 
 @asynccontextmanager
@@ -170,11 +171,12 @@ def test_containers_know_the_ports_that_the_image_exposes() -> None:
 
 def test_every_long_lived_service_of_the_compose_file_has_a_health_check() -> None:
     services = compose()["services"]
-    assert services.keys() == {"redis", "gateway", "prefill", "decode", "jaeger"}
+    assert services.keys() == {"redis", "gateway", "prefill", "decode", "store", "jaeger"}
     image_has_one = "HEALTHCHECK" in (DEPLOY / "Dockerfile").read_text()
     for name, service in services.items():
         assert "healthcheck" in service or ("build" in service and image_has_one), name
-    for role in ("prefill", "decode"):
+    assert services["store"]["profiles"] == ["store"], "it takes memory: only where it is wanted"
+    for role in ("prefill", "decode", "store"):
         assert "ports" not in services[role], "a published port would not survive --scale"
         assert "container_name" not in services[role]
 

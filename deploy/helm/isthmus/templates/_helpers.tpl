@@ -130,6 +130,9 @@ spec:
         {{- if $values.model.volume }}
         - {name: models, mountPath: /models, readOnly: true}
         {{- end }}
+        {{- if .pool.spillVolume }}
+        - {name: spill, mountPath: /spill}
+        {{- end }}
   volumes:
     - name: tmp
       emptyDir: {}
@@ -137,6 +140,10 @@ spec:
       {{- toYaml $values.cache.volume | nindent 6 }}
     {{- with $values.model.volume }}
     - name: models
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
+    {{- with .pool.spillVolume }}
+    - name: spill
       {{- toYaml . | nindent 6 }}
     {{- end }}
   {{- with .pool.nodeSelector }}
@@ -160,7 +167,7 @@ metadata:
   labels:
     {{- include "isthmus.labels" . | nindent 4 }}
 spec:
-  {{- if not .pool.autoscaling.enabled }}
+  {{- if not (.pool.autoscaling).enabled }}
   replicas: {{ .pool.replicas }}
   {{- end }}
   strategy:
@@ -170,7 +177,7 @@ spec:
       {{- include "isthmus.selector" . | nindent 6 }}
   template:
     {{- include "isthmus.pod" . | nindent 4 }}
-{{- if .pool.autoscaling.enabled }}
+{{- if (.pool.autoscaling).enabled }}
 ---
 apiVersion: autoscaling/v2
 kind: HorizontalPodAutoscaler

@@ -6,17 +6,14 @@
   "--redis-url=$(REDIS_URL)"
   "--host=0.0.0.0"
   "--port=50051"
+  "--data-address=0.0.0.0:50052"
   "--advertise-address=$(POD_IP):50051"
   "--metrics-port=9100"
   (printf "--dtype=%s" .root.Values.model.dtype)
   (printf "--device=%s" .root.Values.model.device)
   (printf "--drain-grace-s=%v" .pool.drainSeconds)
 -}}
-{{- $ports := dict "grpc" 50051 "metrics" 9100 -}}
-{{- if eq .role "decode" -}}
-  {{- $args = append $args "--data-address=0.0.0.0:50052" -}}
-  {{- $_ := set $ports "data" 50052 -}}
-{{- end -}}
+{{- $ports := dict "grpc" 50051 "metrics" 9100 "data" 50052 -}}
 {{ include "isthmus.pool" (dict
   "root" .root "component" .role "pool" .pool "args" $args
   "ports" $ports "metricsPort" 9100
