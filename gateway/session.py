@@ -248,6 +248,8 @@ class SequenceSession:
             attempt.needs_first = False
             attempt.release_prefill()
             self.report.first_token = response.first_token
+            if reason := response.first_token.fetch_failure:
+                self._owner.on_degraded("prefix_fetch", reason)
             self._accept(response.first_token)
             for token in attempt.held:
                 if not self.is_done:

@@ -1,11 +1,9 @@
 """gRPC face of the prefill worker: translate, run the job, translate back."""
 
-from functools import partial
-
 from grpc import aio
 
 from engine.request import Request
-from engine.runtime.commands import TokenEvent
+from engine.runtime.commands import PrefixFetchEvent, TokenEvent
 from mesh.convert import finish_reason_to_pb, logprobs_to_pb, sampling_from_pb
 from mesh.telemetry import context_from_call, record_fetch
 from prefill_worker.prefill import Prefiller, PrefillJob
@@ -26,13 +24,18 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
         """Stream the first token, then what the handover took."""
         trace_context = context_from_call(context)
 
+        fetch_failure = ""
+
+        def note_fetch(event: PrefixFetchEvent) -> None:
+            nonlocal fetch_failure
+            fetch_failure = event.reason if event.has_failed else ""
+            record_fetch(event, trace_context)
+
         async def emit_token(token: TokenEvent) -> None:
             record_prefill(token, trace_context)
-            await context.write(pb.PrefillResponse(first_token=_first_token_to_pb(token)))
+            await context.write(_first_token_to_pb(token, fetch_failure))
 
-        report = await self._prefiller.run(
-            _job_from(request), emit_token, partial(record_fetch, context=trace_context)
-        )
+        report = await self._prefiller.run(_job_from(request), emit_token, note_fetch)
         if report is not None:
             record_handover(report, trace_context)
             await context.write(pb.PrefillResponse(handover=report.to_pb()))
@@ -59,13 +62,15 @@ def _job_from(request: pb.PrefillRequest) -> PrefillJob:
     )
 
 
-def _first_token_to_pb(token: TokenEvent) -> pb.FirstToken:
+def _first_token_to_pb(token: TokenEvent, fetch_failure: str) -> pb.PrefillResponse:
     assert token.first is not None, f"first token of {token.request_id} without its timing"
-    return pb.FirstToken(
+    message = pb.FirstToken(
         token_id=token.token_id,
         logprobs=logprobs_to_pb(token.logprobs) if token.logprobs else None,
         finish_reason=finish_reason_to_pb(token.finish_reason),
         num_cached_tokens=token.first.num_cached_tokens,
         queue_ns=token.first.scheduled_ns - token.first.arrived_ns,
         compute_ns=token.first.done_ns - token.first.scheduled_ns,
+        fetch_failure=fetch_failure,
     )
+    return pb.PrefillResponse(first_token=message)

@@ -77,6 +77,8 @@ class PrefixFetchEvent:
     num_bytes: int
     start_ns: int
     end_ns: int
+    has_failed: bool
+    """It would have been fetched, if it could have been."""
 
 
 @dataclass(frozen=True, slots=True)

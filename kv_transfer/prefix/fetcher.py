@@ -34,6 +34,10 @@ _AVOIDABLE = (PeerUnavailableError, NotReadyError, DeadlineError)
 class _Declined(Exception):  # noqa: N818 - not an error: it says why the prompt is computed
     """The text is the reason, a metric label."""
 
+    def __init__(self, reason: str, *, has_failed: bool = False) -> None:
+        super().__init__(reason)
+        self.has_failed = has_failed
+
 
 class PrefixFetcher:
     """Loop only. Blocks that are being written stay taken until no write can reach them."""
@@ -90,14 +94,14 @@ class PrefixFetcher:
         """
         start_ns = time.time_ns()
         self.num_open += 1
-        response, decision = pb.FetchResponse(), "compute"
+        response, decision, has_failed = pb.FetchResponse(), "compute", False
         try:
             response, reason = await self._fetch(f"{request_id}/prefix", block_hashes)
             decision = "fetch"
         except _Declined as declined:
-            reason = str(declined)
+            reason, has_failed = str(declined), declined.has_failed
         except IsthmusError as error:
-            reason = _reason_of(error)
+            reason, has_failed = _reason_of(error), True
         finally:
             self.num_open -= 1
         self.decisions[decision, reason] += 1
@@ -112,6 +116,7 @@ class PrefixFetcher:
             response.num_bytes,
             start_ns,
             time.time_ns(),
+            has_failed,
         )
 
     async def _fetch(
@@ -137,7 +142,7 @@ class PrefixFetcher:
         try:
             taken = await self._engine.take_prefix(fetch_id, wanted)
         except CapacityError:
-            raise _Declined("no_blocks") from None
+            raise _Declined("no_blocks", has_failed=True) from None
         start_s = time.monotonic()
         response = await self._receive(store, fetch_id, wanted, taken)
         if not response.num_blocks:

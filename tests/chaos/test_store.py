@@ -38,8 +38,15 @@ def greedy(max_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
-async def ask(mesh: MeshProcess, prompt: Sequence[int], max_tokens: int) -> tuple[list[int], int]:
+async def ask(
+    mesh: MeshProcess,
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    degraded: Sequence[tuple[str, str]] = (),
+) -> tuple[list[int], int]:
     """The answer's tokens, and how many of the prompt's were cached."""
+    said: list[tuple[str, str]] = []
     request = pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=prompt), sampling=sampling_to_pb(greedy(max_tokens))
     )
@@ -50,6 +57,8 @@ async def ask(mesh: MeshProcess, prompt: Sequence[int], max_tokens: int) -> tupl
             for delta in response.deltas:
                 token_ids += delta.token_ids
             num_cached = response.usage.num_cached_tokens or num_cached
+            said += [(each.kind, each.reason) for each in response.report.degradations]
+    assert said == list(degraded)
     return token_ids, num_cached
 
 
@@ -120,10 +129,9 @@ async def test_requests_go_on_without_the_store_and_find_it_again(
 
         stopped = mesh.kill("store", how=signal.SIGSTOP)
         begin_s = time.monotonic()
-        await ask(mesh, tokens_of(3, 100), 20)
+        await ask(mesh, tokens_of(3, 100), 20, degraded=[("prefix_fetch", "deadline")])
         assert time.monotonic() - begin_s < 5, "a store that is stuck is not waited for"
-        reason = "deadline"
-        assert mesh.metric("prefill", DECISIONS, decision="compute", reason=reason) == 1
+        assert mesh.metric("prefill", DECISIONS, decision="compute", reason="deadline") == 1
         assert stopped == mesh.kill("store", how=signal.SIGCONT)
 
         await replace(mesh, "store")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.isthmus.v1 import sampling_pb2 as protos_dot_isthmus_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/isthmus/v1/prefill.proto\x12\nisthmus.v1\x1a protos/isthmus/v1/sampling.proto\"\xb8\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.isthmus.v1.SamplingParams\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x05 \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x06 \x01(\t\"y\n\x0fPrefillResponse\x12-\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x16.isthmus.v1.FirstTokenH\x00\x12.\n\x08handover\x18\x02 \x01(\x0b\x32\x1a.isthmus.v1.HandoverReportH\x00\x42\x07\n\x05\x65vent\"\xbd\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12+\n\x08logprobs\x18\x02 \x01(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.isthmus.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x10\n\x08queue_ns\x18\x05 \x01(\x04\x12\x12\n\ncompute_ns\x18\x06 \x01(\x04\"\xcb\x01\n\x0eHandoverReport\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x12\n\nreserve_ns\x18\x04 \x01(\x04\x12\x13\n\x0btransfer_ns\x18\x05 \x01(\x04\x12\x11\n\tcommit_ns\x18\x06 \x01(\x04\x12\x12\n\nexposed_ns\x18\x07 \x01(\x04\x12\x12\n\ndata_plane\x18\x08 \x01(\t\x12\x13\n\x0bretransfers\x18\t \x03(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\")\n\rAbortResponse\x12\x18\n\x10num_freed_blocks\x18\x01 \x01(\r2\x94\x01\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1a.isthmus.v1.PrefillRequest\x1a\x1b.isthmus.v1.PrefillResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.isthmus.v1.AbortRequest\x1a\x19.isthmus.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/isthmus/v1/prefill.proto\x12\nisthmus.v1\x1a protos/isthmus/v1/sampling.proto\"\xb8\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.isthmus.v1.SamplingParams\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x05 \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_address\x18\x06 \x01(\t\"y\n\x0fPrefillResponse\x12-\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x16.isthmus.v1.FirstTokenH\x00\x12.\n\x08handover\x18\x02 \x01(\x0b\x32\x1a.isthmus.v1.HandoverReportH\x00\x42\x07\n\x05\x65vent\"\xd4\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12+\n\x08logprobs\x18\x02 \x01(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.isthmus.v1.FinishReason\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x10\n\x08queue_ns\x18\x05 \x01(\x04\x12\x12\n\ncompute_ns\x18\x06 \x01(\x04\x12\x15\n\rfetch_failure\x18\x07 \x01(\t\"\xcb\x01\n\x0eHandoverReport\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x03 \x01(\r\x12\x12\n\nreserve_ns\x18\x04 \x01(\x04\x12\x13\n\x0btransfer_ns\x18\x05 \x01(\x04\x12\x11\n\tcommit_ns\x18\x06 \x01(\x04\x12\x12\n\nexposed_ns\x18\x07 \x01(\x04\x12\x12\n\ndata_plane\x18\x08 \x01(\t\x12\x13\n\x0bretransfers\x18\t \x03(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\")\n\rAbortResponse\x12\x18\n\x10num_freed_blocks\x18\x01 \x01(\r2\x94\x01\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1a.isthmus.v1.PrefillRequest\x1a\x1b.isthmus.v1.PrefillResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.isthmus.v1.AbortRequest\x1a\x19.isthmus.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,13 +37,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLRESPONSE']._serialized_start=268
   _globals['_PREFILLRESPONSE']._serialized_end=389
   _globals['_FIRSTTOKEN']._serialized_start=392
-  _globals['_FIRSTTOKEN']._serialized_end=581
-  _globals['_HANDOVERREPORT']._serialized_start=584
-  _globals['_HANDOVERREPORT']._serialized_end=787
-  _globals['_ABORTREQUEST']._serialized_start=789
-  _globals['_ABORTREQUEST']._serialized_end=823
-  _globals['_ABORTRESPONSE']._serialized_start=825
-  _globals['_ABORTRESPONSE']._serialized_end=866
-  _globals['_PREFILLSERVICE']._serialized_start=869
-  _globals['_PREFILLSERVICE']._serialized_end=1017
+  _globals['_FIRSTTOKEN']._serialized_end=604
+  _globals['_HANDOVERREPORT']._serialized_start=607
+  _globals['_HANDOVERREPORT']._serialized_end=810
+  _globals['_ABORTREQUEST']._serialized_start=812
+  _globals['_ABORTREQUEST']._serialized_end=846
+  _globals['_ABORTRESPONSE']._serialized_start=848
+  _globals['_ABORTRESPONSE']._serialized_end=889
+  _globals['_PREFILLSERVICE']._serialized_start=892
+  _globals['_PREFILLSERVICE']._serialized_end=1040
 # @@protoc_insertion_point(module_scope)

@@ -32,20 +32,22 @@ class PrefillResponse(_message.Message):
     def __init__(self, first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., handover: _Optional[_Union[HandoverReport, _Mapping]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
-    __slots__ = ("token_id", "logprobs", "finish_reason", "num_cached_tokens", "queue_ns", "compute_ns")
+    __slots__ = ("token_id", "logprobs", "finish_reason", "num_cached_tokens", "queue_ns", "compute_ns", "fetch_failure")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FAILURE_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     logprobs: _sampling_pb2.TokenLogprobs
     finish_reason: _sampling_pb2.FinishReason
     num_cached_tokens: int
     queue_ns: int
     compute_ns: int
-    def __init__(self, token_id: _Optional[int] = ..., logprobs: _Optional[_Union[_sampling_pb2.TokenLogprobs, _Mapping]] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., num_cached_tokens: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ...) -> None: ...
+    fetch_failure: str
+    def __init__(self, token_id: _Optional[int] = ..., logprobs: _Optional[_Union[_sampling_pb2.TokenLogprobs, _Mapping]] = ..., finish_reason: _Optional[_Union[_sampling_pb2.FinishReason, str]] = ..., num_cached_tokens: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., fetch_failure: _Optional[str] = ...) -> None: ...
 
 class HandoverReport(_message.Message):
     __slots__ = ("num_bytes", "num_tokens", "num_cached_tokens", "reserve_ns", "transfer_ns", "commit_ns", "exposed_ns", "data_plane", "retransfers")
