@@ -147,5 +147,6 @@ async def serve(
                 load=lambda: load_from(thread.stats),
                 metrics=metrics,
             ) as serving:
-                prefixes.start_fetching(serving.address)
+                if engine_config.has_prefix_cache:
+                    prefixes.start_fetching(serving.address)
                 await until_stopped(thread, serving.stop_asked)

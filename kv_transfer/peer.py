@@ -5,7 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from grpc import aio
+from grpc import ChannelConnectivity, aio
 
 from engine.errors import (
     DeadlineError,
@@ -55,6 +55,11 @@ class Peer:
     @property
     def has_session(self) -> bool:
         return self._session is not None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection to the worker at this moment."""
+        return self._channel.get_state() is ChannelConnectivity.READY
 
     async def enter_session(self) -> tuple[Session, bool]:
         """The session, entered, and whether it is new.

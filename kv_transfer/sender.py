@@ -307,6 +307,15 @@ class KvSender:
             leases_s = [handover.session.lease_s for handover in self._handovers]
             await asyncio.sleep(min(leases_s, default=self._config.lease_s) / RENEWALS_PER_LEASE)
             await self.renew_leases()
+            await self._drop_gone_peers()
+
+    async def _drop_gone_peers(self) -> None:
+        """The memory of a worker that is gone lives on as long as it is mapped here."""
+        gone = [p for p in self._peers.values() if not p.num_users and not p.is_connected]
+        for peer in gone:
+            logger.info("forgetting a worker that is gone address=%s", peer.address)
+            del self._peers[peer.address]
+            await peer.close()
 
     async def _renew(self, peer: Peer, session: Session) -> None:
         try:

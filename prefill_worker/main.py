@@ -132,6 +132,7 @@ async def serve(
                 model_digest=digest,
                 config=transfer,
                 epoch=identity.epoch,
+                shares_prefixes=False,
             ) as receiver,
             sharing_prefixes(
                 thread,
@@ -167,5 +168,6 @@ async def serve(
                 load=lambda: load_from(thread.stats),
                 metrics=metrics,
             ) as serving:
-                prefixes.start_fetching(serving.address)
+                if engine_config.has_prefix_cache:
+                    prefixes.start_fetching(serving.address)
                 await until_stopped(thread, serving.stop_asked)

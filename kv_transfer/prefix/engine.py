@@ -1,11 +1,13 @@
 """An engine whose prompts may come out of a store in part: implements RequestEngine."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 from engine.errors import DuplicateRequestError, IsthmusError
 from engine.request import Request
 from engine.runtime.commands import (
+    EngineEvent,
     EngineStats,
     ErrorEvent,
     EventSink,
@@ -15,6 +17,8 @@ from engine.runtime.commands import (
 from engine.runtime.engine_thread import EngineThread
 from engine.scheduling.block_hash import block_hashes
 from kv_transfer.prefix.fetcher import PrefixFetcher
+
+logger = logging.getLogger(__name__)
 
 
 class FetchingEngine:
@@ -86,9 +90,13 @@ class FetchingEngine:
     async def _fetch_and_submit(
         self, request: Request, mode: SequenceMode, sink: EventSink, hashes: Sequence[bytes]
     ) -> None:
-        event = await self._fetcher.fetch(request.request_id, hashes)
+        events: list[EngineEvent] = []
+        try:
+            events.append(await self._fetcher.fetch(request.request_id, hashes))
+        except Exception:  # a bug must not cost the request: its prompt is computed
+            logger.exception("prefix not fetched request_id=%s", request.request_id)
         del self._fetching[request.request_id]
-        sink.put([event])
+        sink.put(events)
         try:
             self._engine.submit(request, mode, sink)
         except IsthmusError as error:

@@ -70,6 +70,8 @@ class PrefixFetcher:
         self.num_tokens = 0
         self.num_bytes = 0
         self.num_open = 0
+        self._coming: dict[bytes, asyncio.Event] = {}
+        """Ends of fetches under way, by the first block that each may bring."""
         self._engine = engine
         self._stores = stores
         self._receiver = receiver
@@ -122,10 +124,23 @@ class PrefixFetcher:
     async def _fetch(
         self, fetch_id: str, block_hashes: Sequence[bytes]
     ) -> tuple[pb.FetchResponse, str]:
-        num_local = self._engine.num_cached_blocks(block_hashes)
-        missing = block_hashes[num_local:]
+        while missing := block_hashes[self._engine.num_cached_blocks(block_hashes) :]:
+            if (end := self._coming.get(missing[0])) is None:
+                break
+            await end.wait()
         if not missing:
             raise _Declined("cached")
+        end = self._coming[missing[0]] = asyncio.Event()
+        try:
+            return await self._fetch_missing(fetch_id, block_hashes, missing)
+        finally:
+            del self._coming[missing[0]]
+            end.set()
+
+    async def _fetch_missing(
+        self, fetch_id: str, block_hashes: Sequence[bytes], missing: Sequence[bytes]
+    ) -> tuple[pb.FetchResponse, str]:
+        num_local = len(block_hashes) - len(missing)
         self.cost.observe_engine(self._engine.stats)
         reason = self._choose(len(missing))
         store = self._stores.choose(block_hashes[0])

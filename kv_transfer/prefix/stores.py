@@ -18,7 +18,7 @@ from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_STORE, WorkerRecord, Work
 
 logger = logging.getLogger(__name__)
 
-QUERY_TIMEOUT_S = 0.25
+QUERY_TIMEOUT_S = 0.5
 """Every request that lacks a prefix waits for an answer; a store that takes longer is no help."""
 AVOID_S = 5.0
 """How long a store that failed is left alone."""

@@ -94,6 +94,7 @@ async def serve(
                 model_digest=digest,
                 config=transfer,
                 epoch=identity.epoch,
+                shares_prefixes=False,
             ) as receiver,
             KvSender(
                 SendingGroup.single(memory, transfer),

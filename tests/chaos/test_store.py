@@ -5,6 +5,8 @@ import random
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,12 @@ DECISIONS = "isthmus_prefix_decisions_total"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+def mesh_of(tmp_path: Path, model: Path, *flags: str) -> AbstractContextManager[MeshProcess]:
+    """With a store; a tiny model needs no gigabyte of it, and taking that takes time."""
+    flags = ("--model", str(model), "--store", "--dtype", "float32", *flags)
+    return mesh_process(tmp_path, *flags, environment={"ISTHMUS_STORE__MEMORY_BYTES": "16000000"})
 
 
 def tokens_of(seed: int, num_tokens: int) -> list[int]:
@@ -88,6 +96,11 @@ async def replace(mesh: MeshProcess, *roles: str) -> None:
     )
 
 
+def _has_all_blocks(mesh: MeshProcess, role: str) -> bool:
+    num_free = mesh.metric(role, "isthmus_kv_free_blocks")
+    return num_free == mesh.metric(role, "isthmus_kv_blocks")
+
+
 def store_is_idle(mesh: MeshProcess) -> bool:
     names = (PINNED, "isthmus_store_arriving_blocks", "isthmus_store_open_fetches")
     return all(mesh.metric("store", name) == 0 for name in (*names, "isthmus_kv_leases"))
@@ -99,9 +112,8 @@ async def test_second_turn_computes_only_new_tokens_after_both_workers_were_repl
     tmp_path: Path, model: Path, prefill: str, decode: str
 ) -> None:
     question, follow_up = tokens_of(1, 200), tokens_of(2, 30)
-    flags = ("--model", str(model), "--store", "--dtype", "float32")
     layouts = ("--prefill-parallel", prefill, "--decode-parallel", decode)
-    with mesh_process(tmp_path, *flags, *layouts) as mesh:
+    with mesh_of(tmp_path, model, *layouts) as mesh:
         answer, _ = await ask(mesh, question, 60)
         kept = (len(question) + len(answer) - 1) // BLOCK_TOKENS * BLOCK_TOKENS
         assert kept == 256, "most of the answer is among it: decode publishes, too"
@@ -123,7 +135,7 @@ async def test_second_turn_computes_only_new_tokens_after_both_workers_were_repl
 async def test_requests_go_on_without_the_store_and_find_it_again(
     tmp_path: Path, model: Path
 ) -> None:
-    with mesh_process(tmp_path, "--model", str(model), "--store", "--dtype", "float32") as mesh:
+    with mesh_of(tmp_path, model) as mesh:
         first, _ = await ask(mesh, tokens_of(1, 100), 20)
         await until(lambda: mesh.metric("store", FILED) > 0)
 
@@ -153,7 +165,7 @@ async def test_aborted_requests_leave_no_pins(tmp_path: Path, model: Path) -> No
     """Every prompt has a prefix that only the store holds; clients leave at random moments."""
     prefixes = [tokens_of(seed, 300) for seed in range(12)]
     draw = random.Random("aborts")
-    with mesh_process(tmp_path, "--model", str(model), "--store", "--dtype", "float32") as mesh:
+    with mesh_of(tmp_path, model) as mesh:
         for prefix in prefixes:
             await ask(mesh, prefix, 1)
         await until(lambda: mesh.metric("store", FILED) == 12 * 18)
@@ -172,13 +184,7 @@ async def test_aborted_requests_leave_no_pins(tmp_path: Path, model: Path) -> No
         await until(lambda: store_is_idle(mesh), timeout_s=10)
         await until(lambda: mesh.metric("prefill", "isthmus_prefix_open_fetches") == 0, 10)
         for role in ("prefill", "decode"):
-            await until(
-                lambda role=role: (
-                    mesh.metric(role, "isthmus_kv_free_blocks")
-                    == mesh.metric(role, "isthmus_kv_blocks")
-                ),
-                timeout_s=10,
-            )
+            await until(partial(_has_all_blocks, mesh, role), timeout_s=10)
         assert mesh.metric("prefill", DECISIONS, decision="fetch") > 0
         answer, _ = await ask(mesh, [*prefixes[0], 7], 20)
     with one_engine(model, "float32") as engine:

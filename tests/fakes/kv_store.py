@@ -136,6 +136,7 @@ async def running_store(
                 receiver_id=store_id,
                 model_digest=DIGEST,
                 config=config,
+                shares_prefixes=False,
             )
         )
         sender = await stack.enter_async_context(

@@ -381,3 +381,40 @@ def _record(store_id: str, address: str):
     return WorkerRecord(
         worker_id=store_id, role=WORKER_ROLE_STORE, address=address, model_digest=DIGEST
     )
+
+
+async def test_two_requests_with_one_prefix_fetch_it_once(redis, redis_url):
+    async with running_store(redis) as store:
+        await stored(store, redis_url)
+        async with sharing_worker(redis_url) as worker:
+            await knows_store(worker)
+            sinks = [worker.start([*PROMPT, 7 + i], request_id=str(i)) for i in range(3)]
+            for index, sink in enumerate(sinks):
+                await sink.wait_until_over(str(index))
+            assert worker.fetcher.decisions == {
+                ("fetch", "unmeasured"): 1,
+                ("compute", "cached"): 2,
+            }
+            assert store.servicer.num_fetched_blocks == 5
+            assert worker.thread.stats.num_prefill_tokens == 3
+            assert worker.cached_kv(PROMPT) == expected_kv(PROMPT, 80)
+
+
+async def test_a_bug_in_the_fetch_costs_no_request(redis, redis_url, caplog):
+    async with running_store(redis), sharing_worker(redis_url) as worker:
+        await knows_store(worker)
+        worker.fetcher.cost = None  # type: ignore[assignment]
+        sink = await worker.generate(PROMPT)
+        assert sink.is_over("r")
+        assert "prefix not fetched" in caplog.text
+
+
+async def test_store_forgets_the_memory_of_workers_that_are_gone(redis, redis_url):
+    async with running_store(redis) as store:
+        await stored(store, redis_url)
+        for number in range(2):
+            async with sharing_worker(redis_url) as worker:
+                await knows_store(worker)
+                await worker.generate([*PROMPT, number])
+                assert len(store.sender._peers) == 1
+            await until(lambda: not store.sender._peers)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpc import StatusCode, aio
+from grpc import ChannelConnectivity, StatusCode, aio
 
 from engine.errors import IsthmusError
 from kv_transfer.receiver import KvReceiver
@@ -97,6 +97,9 @@ class SimChannel:
         self._network = network
         self._client = client
         self._address = address
+
+    def get_state(self) -> ChannelConnectivity:
+        return ChannelConnectivity.READY
 
     def unary_unary(
         self,

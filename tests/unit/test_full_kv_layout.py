@@ -1,0 +1,28 @@
+"""What a store computes from the header of a checkpoint is the layout of the engine that loads it."""
+
+import pytest
+
+from engine.checkpoint.read import read_config
+from engine.config import EngineConfig
+from engine.kv_cache.full_layout import full_kv_layout
+from engine.runtime.build import build_engine
+from tests.checkpoints import tiny_checkpoint
+from tests.unit.test_model_parity import CASES
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek-v3", "gpt-oss"])
+def test_layout_is_the_engines(tmp_path, family):
+    case = CASES[family]
+    checkpoint = tiny_checkpoint(tmp_path, case.family, **case.overrides)
+    config = EngineConfig(
+        device="cpu",
+        kv_pool_bytes=1 << 24,
+        max_context_tokens=100,
+        block_size_tokens=8,
+        num_threads=1,
+    )
+    engine = build_engine(checkpoint, config)
+    try:
+        assert full_kv_layout(read_config(checkpoint), config) == engine.full_kv_layout
+    finally:
+        engine.close()
