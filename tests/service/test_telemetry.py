@@ -11,12 +11,14 @@ from opentelemetry import trace
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from engine.runtime.commands import PrefixFetchEvent
 from mesh.channel import open_channel
 from mesh.server import listening
 from mesh.telemetry import (
     child_span,
     context_from_call,
     context_from_traceparent,
+    record_fetch,
     span_between,
 )
 from protos.isthmus.v1 import inference_pb2 as pb
@@ -148,6 +150,20 @@ def test_a_span_has_the_marks_it_was_given(recorded_spans: InMemorySpanExporter)
     (span,) = recorded_spans.get_finished_spans()
     assert (span.name, span.start_time, span.end_time) == ("decode", start_ns, start_ns + 7)
     assert dict(span.attributes or {}) == {"num_tokens": 3}
+
+
+def test_a_fetch_says_what_was_decided_and_why(recorded_spans: InMemorySpanExporter) -> None:
+    event = PrefixFetchEvent("r", "compute", "deadline", 0, 0, 5, 9, has_failed=True)
+    record_fetch(event, context_from_traceparent(TRACEPARENT))
+    record_fetch(event, None)
+    (span,) = recorded_spans.get_finished_spans()
+    assert (span.name, span.start_time, span.end_time) == ("kv.fetch", 5, 9)
+    assert dict(span.attributes or {}) == {
+        "decision": "compute",
+        "reason": "deadline",
+        "num_tokens": 0,
+        "num_bytes": 0,
+    }
 
 
 def test_a_request_without_a_trace_records_nothing(recorded_spans: InMemorySpanExporter) -> None:

@@ -89,7 +89,7 @@ def test_the_pool_table_has_a_row_for_each_record() -> None:
 def test_help_names_every_command_and_loads_nothing_heavy() -> None:
     result = isthmus("--help")
     assert result.returncode == 0
-    for command in ("up", "demo", "chat", "status", "doctor", "gateway", "prefill-worker"):
+    for command in ("up", "demo", "chat", "status", "doctor", "gateway", "prefill-worker", "store"):
         assert command in result.stdout
     probe = "import sys, deploy.cli; print({'torch', 'grpc', 'redis', 'numpy'} & set(sys.modules))"
     loaded = subprocess.check_output([sys.executable, "-c", probe], text=True)

@@ -1,4 +1,4 @@
-"""What a store computes from the header of a checkpoint is the layout of the engine that loads it."""
+"""What a store computes from a checkpoint's header is the layout of the engine that loads it."""
 
 import pytest
 
