@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from benchmarks.ranks.checkpoints import write_even_stages, write_experts
+from benchmarks.ranks.checkpoints import write_dense, write_experts
 from benchmarks.ranks.collectives import CollectiveRow, collectives_table, measure_collectives
 from benchmarks.ranks.loads import CHUNK_TOKENS, Load, LoadRow, LoadsTask, measure_loads
 from benchmarks.ranks.processes import text_table
@@ -24,10 +24,11 @@ from engine.parallel import ParallelLayout
 from engine.scheduling.micro_batch import bubble_share
 
 FORMAT = "isthmus-parallel-2"
-TABLES = ("collectives", "layouts", "pipeline", "experts")
+TABLES = ("collectives", "layouts", "pipeline", "sequence", "experts")
 LAYOUTS = ("1", "tp=2", "pp=2", "pp=2,interleave=2", "sp=2", "tp=3", "tp=2,pp=2")
 PIPELINES = ("pp=2", "pp=2,interleave=2", "pp=3")
 MICRO_BATCHES = (1, 2, 4, 8)
+PROMPT_TOKENS = (2048, 8192, 32768)
 EXPERT_LAYOUTS = ("1", "tp=2", "tp=2,ep=2", "dp=2,ep=2")
 SKEW = 4.0
 """Of the second expert table; see `write_experts`."""
@@ -56,6 +57,7 @@ class Outcome:
     collectives: list[CollectiveRow] = field(default_factory=list)
     layouts: list[LoadRow] = field(default_factory=list)
     pipeline: list[PipelineRow] = field(default_factory=list)
+    sequence: list[LoadRow] = field(default_factory=list)
     experts: dict[str, list[LoadRow]] = field(default_factory=dict)
     """By router: even or skewed."""
 
@@ -74,18 +76,28 @@ def loads(*, is_quick: bool) -> list[Load]:
 
 
 def measure_layouts(model: str, device: str, *, is_quick: bool) -> list[LoadRow]:
-    """The loads on every layout that the device has ranks for."""
-    rows = []
-    for layout in _with_a_device(LAYOUTS, device):
-        played = loads(is_quick=is_quick)
-        task = LoadsTask(model=model, layout=layout, dtype="auto", device=device, loads=played)
-        rows += measure_loads(task)
-    return rows
+    """The loads on every layout that the device has ranks for, by workers of each kind."""
+    prefill, decode = loads(is_quick=is_quick)[:2], loads(is_quick=is_quick)[2:]
+    return [
+        row
+        for layout in _with_a_device(LAYOUTS, device)
+        for is_for_prompts, played in ((True, prefill), (False, decode))
+        for row in measure_loads(
+            LoadsTask(
+                model=model,
+                layout=layout,
+                dtype="auto",
+                device=device,
+                loads=played,
+                is_for_prompts=is_for_prompts,
+            )
+        )
+    ]
 
 
 def measure_pipeline(folder: Path, device: str, *, is_quick: bool) -> list[PipelineRow]:
     """The bubble beside what the schedule must leave, with one rank a core at most."""
-    model = str(write_even_stages(folder / "even-stages"))
+    model = str(write_dense(folder / "even-stages", num_layers=24))
     num_most = torch.cuda.device_count() if device == "cuda" else len(os.sched_getaffinity(0))
     rows = []
     for text in PIPELINES:
@@ -105,6 +117,37 @@ def measure_pipeline(folder: Path, device: str, *, is_quick: bool) -> list[Pipel
             expected = bubble_share(num, layout.pp, layout.interleave)
             rows.append(PipelineRow(text, num, row.median_ms, row.bubble_share, expected))
     return rows
+
+
+def measure_sequence(folder: Path, device: str, *, is_quick: bool) -> list[LoadRow]:
+    """Long prompts split along their tokens, on two layers: all layers of a model are alike."""
+    model = str(write_dense(folder / "two-layers", num_layers=2))
+    prompts = [
+        Load(
+            name=f"prefill {num_tokens}",
+            num_prompts=1,
+            prompt_tokens=num_tokens,
+            answer_tokens=1,
+            num_repeats=1,
+        )
+        for num_tokens in PROMPT_TOKENS[: 2 if is_quick else None]
+    ]
+    ways = [("1", True), ("sp=2", True), ("sp=2", False)]
+    return [
+        row
+        for layout, has_shared_memory in ways
+        if layout in _with_a_device([layout], device)
+        for row in measure_loads(
+            LoadsTask(
+                model=model,
+                layout=layout,
+                dtype="auto",
+                device=device,
+                loads=prompts,
+                has_shared_memory=has_shared_memory,
+            )
+        )
+    ]
 
 
 def measure_experts(folder: Path, device: str, *, is_quick: bool) -> dict[str, list[LoadRow]]:
@@ -134,7 +177,8 @@ def layouts_table(rows: Sequence[LoadRow], num_cores: int) -> str:
     alone = {row.load: row for row in rows if row.layout == "1"}
     lines = [
         [
-            f"{load}, {row.layout}{_crowded(row.layout, num_cores)}",
+            f"{load}, {row.layout}{_crowded(row.layout, num_cores)}"
+            + ("" if row.has_shared_memory else " over TCP"),
             row.threads_per_rank,
             f"{row.median_ms:.1f}",
             f"{row.tokens_per_s:.0f}",
@@ -195,6 +239,8 @@ def report(outcome: Outcome) -> str:
         blocks.append(layouts_table(outcome.layouts, num_cores))
     if outcome.pipeline:
         blocks.append(pipeline_table(outcome.pipeline))
+    if outcome.sequence:
+        blocks.append(layouts_table(outcome.sequence, num_cores))
     if outcome.experts:
         blocks.append(experts_table(outcome.experts, num_cores))
     return "\n\n".join(blocks)
@@ -225,6 +271,8 @@ def main(arguments: Sequence[str]) -> int:
             outcome.layouts = measure_layouts(_model(options.model), device, is_quick=is_quick)
         if "pipeline" in tables:
             outcome.pipeline = measure_pipeline(folder, device, is_quick=is_quick)
+        if "sequence" in tables:
+            outcome.sequence = measure_sequence(folder, device, is_quick=is_quick)
         if "experts" in tables:
             outcome.experts = measure_experts(folder, device, is_quick=is_quick)
     print(report(outcome))

@@ -75,13 +75,18 @@ async def serve(
         join_worker, model_path, engine_config, settings["collectives"], environment
     )
     if membership is not None and membership.rank > 0:
-        build = partial(build_follower, membership=membership, cores=cores)
+        build = partial(build_follower, membership=membership, cores=cores, is_for_prompts=True)
         follower = await asyncio.to_thread(build, model_path, engine_config)
         reachable = reachable_host(worker.host, worker.redis_url)
         await serve_follower(follower, transfer, host=worker.host, reachable_host=reachable)
         return
     engine = await asyncio.to_thread(
-        build_engine, model_path, engine_config, cores=cores, membership=membership
+        build_engine,
+        model_path,
+        engine_config,
+        cores=cores,
+        membership=membership,
+        is_for_prompts=True,
     )
     addresses = await asyncio.to_thread(pool_addresses, membership)
     digest = await asyncio.to_thread(model_digest, model_path)

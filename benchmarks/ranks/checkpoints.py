@@ -13,9 +13,9 @@ _STEADY = 4.0
 """Value of the channel by which a skewed router tells popular experts."""
 
 
-def write_even_stages(path: Path) -> Path:
-    """A dense model as wide as the demo model, whose LM head is too small to count as a layer."""
-    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 24}
+def write_dense(path: Path, *, num_layers: int) -> Path:
+    """A model as wide as the demo model, whose LM head is too small to count as a layer."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": num_layers}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
     config: dict[str, Any] = {
         "model_type": "llama",
@@ -101,7 +101,7 @@ def _write(path: Path, config: dict[str, Any], weights: dict[str, torch.Tensor])
     path.mkdir(parents=True)
     common = {
         "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": 65536,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",

@@ -28,7 +28,7 @@ from mesh.metrics import imbalance_of
 CHUNK_TOKENS = 512
 """Of one step."""
 _MAX_SEQUENCES = 16
-_MAX_CONTEXT_TOKENS = 8192
+_MAX_CONTEXT_TOKENS = 40_000
 _REPORT_TIMEOUT_S = 5.0
 
 
@@ -50,6 +50,7 @@ class LoadRow:
     layout: str
     threads_per_rank: int
     load: str
+    has_shared_memory: bool
     num_micro_batches: int | None
     """None: as the worker chose."""
     median_ms: float
@@ -74,14 +75,15 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     device: str
     loads: list[Load]
     num_micro_batches: int | None = None
-    num_threads: int | None = None
-    """Of each rank; None: all of its cores."""
+    has_shared_memory: bool = True
+    """False: as ranks of several hosts."""
+    is_for_prompts: bool = False
+    """Stages are cut as in a prefill worker."""
 
     def run(self, place: RankEnvironment) -> list[LoadRow]:
         layout = ParallelLayout.parse(self.layout)
         device = device_of_rank(self.device, place.local_rank)
         num_threads = take_own_cores(place.rank, layout.num_ranks)
-        num_threads = min(num_threads, self.num_threads or num_threads)
         config = EngineConfig(
             dtype=self.dtype,
             device=self.device,
@@ -96,18 +98,31 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
             num_threads=num_threads,
         )
         cores, path = CoreShare.alone(num_threads), Path(self.model)
-        with join_group(layout, place, device=device) as group:
+        collectives = CollectivesConfig(has_shared_memory=self.has_shared_memory)
+        with join_group(layout, place, config=collectives, device=device) as group:
             membership: Membership | None = None
             if layout.num_ranks > 1:
-                membership = connect_ranks(group, CollectivesConfig(), host="127.0.0.1")
+                membership = connect_ranks(group, collectives, host="127.0.0.1")
             if membership is not None and membership.leader is not None:
-                follower = build_follower(path, config, membership=membership, cores=cores)
+                follower = build_follower(
+                    path,
+                    config,
+                    membership=membership,
+                    cores=cores,
+                    is_for_prompts=self.is_for_prompts,
+                )
                 try:
                     follower.run()
                 finally:
                     follower.close()
                 return []
-            engine = build_engine(path, config, membership=membership, cores=cores)
+            engine = build_engine(
+                path,
+                config,
+                membership=membership,
+                cores=cores,
+                is_for_prompts=self.is_for_prompts,
+            )
             engine.watch(lambda error: group.abort(str(error)))
             try:
                 engine.prepare()
@@ -116,7 +131,8 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
                 engine.close()
 
     def _row(self, engine: ModelEngine, load: Load, num_threads: int) -> LoadRow:
-        _play(engine, load, seed=0)
+        if load.num_repeats > 1:  # else it is long enough to be its own warm-up
+            _play(engine, load, seed=0)
         before, counted = _settled_times(engine), engine.runner.expert_tokens
         plays = [_play(engine, load, seed=1 + index) for index in range(load.num_repeats)]
         after = _settled_times(engine)
@@ -133,6 +149,7 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
             layout=self.layout,
             threads_per_rank=num_threads,
             load=load.name,
+            has_shared_memory=self.has_shared_memory,
             num_micro_batches=self.num_micro_batches,
             median_ms=median_s * 1e3,
             tokens_per_s=tokens / median_s,
@@ -165,8 +182,8 @@ def _play(engine: ModelEngine, load: Load, *, seed: int) -> _Play:
         assert not any(isinstance(output, ErrorEvent) for output in outputs), outputs
     start_s = prefilled_s = time.perf_counter()
     num_tokens = 0
-    while outputs := engine.step() or []:
-        num_tokens += len(outputs)
+    while (stepped := engine.step()) is not None:
+        num_tokens += len(stepped)
         if num_tokens <= load.num_prompts:
             prefilled_s = time.perf_counter()
     end_s = time.perf_counter()

@@ -63,7 +63,13 @@ class CausalLM(nn.Module):
         """This rank's KV heads, counted over the whole model."""
         self.sequence = axes.sp
         """The ranks among which the tokens of a step may be split."""
-        ranges = stage_layers(config, axes.pp.size, axes.pp.rank, axes.interleave)
+        ranges = stage_layers(
+            config,
+            axes.pp.size,
+            axes.pp.rank,
+            axes.interleave,
+            is_for_prompts=axes.is_for_prompts,
+        )
         self.num_ranges = len(ranges)
         """How often a token comes through this rank."""
         self.stage_layers = tuple(index for layers in ranges for index in layers)

@@ -202,6 +202,8 @@ class ParallelAxes:
     """All ranks of the worker, for step plans; always in host memory."""
     interleave: int = 1
     """Layer ranges on each rank of the pipeline."""
+    is_for_prompts: bool = False
+    """Stages cost alike for prompts; else for tokens that are decoded."""
 
     @classmethod
     def single(cls) -> "ParallelAxes":

@@ -6,15 +6,20 @@ from engine.checkpoint.config import ModelConfig
 
 
 def stage_layers(
-    config: ModelConfig, size: int, stage: int, num_ranges: int = 1
+    config: ModelConfig,
+    size: int,
+    stage: int,
+    num_ranges: int = 1,
+    *,
+    is_for_prompts: bool = False,
 ) -> tuple[range, ...]:
     """The layers of `stage` among `size`: contiguous ranges, each of at least one layer.
 
     With several ranges, interleaved, the stages are gone round once for each: range r of the model
     stands on stage r modulo `size`. All ranges are cut so that they cost alike. The cost of one is
     the weights that it reads for one token: those of its layers, a row of the embedding in the
-    first, and the LM head in the last. The dearest is as cheap as can be; among such cuts, ranges
-    are as even as can be.
+    first, and the LM head in the last: every token that is decoded needs it, but one of a prompt's.
+    The dearest is as cheap as can be; among such cuts, ranges are as even as can be.
 
     Raises:
         ValueError: there are more ranges than layers.
@@ -26,7 +31,8 @@ def stage_layers(
         raise ValueError(f"{layout} needs a layer for each {what}, and the model has {num_layers}")
     costs = [layer_cost(config, index) for index in range(num_layers)]
     costs[0] += config.hidden_size
-    costs[-1] += config.vocab_size * config.hidden_size
+    if not is_for_prompts:
+        costs[-1] += config.vocab_size * config.hidden_size
     starts = [*_even_starts(costs, num_parts), num_layers]
     return tuple(range(starts[part], starts[part + 1]) for part in range(stage, num_parts, size))
 

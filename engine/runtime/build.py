@@ -83,6 +83,7 @@ def build_engine(
     *,
     cores: CoreShare | None = None,
     membership: Membership | None = None,
+    is_for_prompts: bool = False,
 ) -> ModelEngine:
     """Load a model, size its KV pool and put an engine together; `Engine.prepare` warms it up.
 
@@ -91,6 +92,8 @@ def build_engine(
         config: what the operator asked for.
         cores: who else computes on this host; None is nobody.
         membership: of rank 0; None is one rank alone. Its followers are closed with the engine.
+        is_for_prompts: pipeline stages are cut for a worker that hardly decodes; the same on all
+            ranks.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -109,7 +112,9 @@ def build_engine(
         followers = membership.followers
         assert followers is not None, "only rank 0 has an engine"
         try:
-            loaded = load_rank(model_path, config, cores, membership.group)
+            loaded = load_rank(
+                model_path, config, cores, membership.group, is_for_prompts=is_for_prompts
+            )
             facts = loaded.facts(model_path, config, membership.group)
         except Exception as error:
             followers.refuse(f"rank 0 failed: {error}")
@@ -138,7 +143,7 @@ def build_engine(
     executor = ModelExecutor(
         runner,
         eos_token_ids=loaded.model.config.eos_token_ids,
-        max_num_tokens=config.max_num_batched_tokens,
+        max_num_tokens=min(config.max_num_batched_tokens, limits.max_context_tokens),
     )
     engine = ModelEngine(
         scheduler,
@@ -163,8 +168,11 @@ def build_follower(
     *,
     membership: Membership,
     cores: CoreShare | None = None,
+    is_for_prompts: bool = False,
 ) -> Follower:
     """Load the part of a model that any rank but 0 holds; `Follower.run` computes.
+
+    Arguments are those of `build_engine`.
 
     Raises:
         CheckpointError: the model cannot be loaded; rank 0 has been told.
@@ -176,7 +184,9 @@ def build_follower(
     assert leader is not None, "rank 0 does not follow"
     cores = cores or CoreShare.alone(config.num_threads)
     try:
-        loaded = load_rank(model_path, config, cores, membership.group)
+        loaded = load_rank(
+            model_path, config, cores, membership.group, is_for_prompts=is_for_prompts
+        )
         facts = loaded.facts(model_path, config, membership.group)
     except Exception as error:
         leader.tell_failure(error)

@@ -89,7 +89,12 @@ class LoadedRank:
 
 
 def load_rank(
-    model_path: Path, config: EngineConfig, cores: CoreShare, group: RankGroup | None
+    model_path: Path,
+    config: EngineConfig,
+    cores: CoreShare,
+    group: RankGroup | None,
+    *,
+    is_for_prompts: bool = False,
 ) -> LoadedRank:
     """Read this rank's part of the weights and plan its pool; `group` is None for one rank alone.
 
@@ -103,6 +108,7 @@ def load_rank(
     kernels = choose_kernels(device, dtype, cores.most_threads)
     dtype_name = str(dtype).removeprefix("torch.")
     axes = ParallelAxes.single() if group is None else group.axes
+    axes = replace(axes, is_for_prompts=is_for_prompts)
     model = load_model(
         model_path,
         dtype=dtype_name,

@@ -17,6 +17,7 @@ from engine.runtime.expert_counts import ExpertCounts, read_counts
 from engine.runtime.group_runner import GroupRunner
 from tests.checkpoints import VOCAB_SIZE, tiny_checkpoint
 from tests.distributed.group_engine import (
+    ENGINE,
     Answers,
     answer_all,
     follow,
@@ -130,6 +131,24 @@ def test_replicas_of_hot_experts_change_no_token(
     kept = read_counts(path, digest=model_digest(mixture), experts=experts)
     assert kept != tokens
     assert all(sum(counts) > 0 for counts in kept.values())
+
+
+def start_with_short_context(group: RankGroup, path: str, settings: dict[str, Any]) -> int:
+    membership = member(group)
+    if membership.leader is not None:
+        follow(membership, Path(path), settings)
+        return 0
+    engine = lead(membership, Path(path), settings)
+    answers = asyncio.run(answer_all(engine, prompts()[:3], NUM_TOKENS))
+    return sum(len(tokens) for tokens in answers.tokens.values())
+
+
+def test_a_context_shorter_than_a_step_is_warmed_up_within_its_bound(checkpoint: Path) -> None:
+    """The other ranks refuse plans past it."""
+    settings = {"parallel": ParallelLayout.parse("tp=2"), "max_context_tokens": 32}
+    assert ENGINE["max_num_batched_tokens"] > 32
+    found = run_ranks("tp=2", start_with_short_context, str(checkpoint), settings)
+    assert found[0] == 3 * NUM_TOKENS
 
 
 def answers_one_by_one(group: RankGroup, path: str, settings: dict[str, Any]) -> dict[str, Any]:

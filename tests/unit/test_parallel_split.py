@@ -110,6 +110,8 @@ def test_stages_differ_by_one_layer_where_the_head_is_light() -> None:
 def test_a_heavy_head_has_fewer_layers_beside_it() -> None:
     config = config_of(30, vocab_size=8 * layer_cost(config_of(1), 0) // 64)
     assert [len(stage_layers(config, 2, stage)[0]) for stage in range(2)] == [19, 11]
+    stages = [stage_layers(config, 2, stage, is_for_prompts=True) for stage in range(2)]
+    assert stages == [(range(15),), (range(15, 30),)], "one token of a prompt needs the head"
 
 
 @given(st.integers(1, 40), st.data())
