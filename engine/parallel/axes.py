@@ -234,4 +234,4 @@ class ParallelAxes:
             )
             for axis in Axis
         }
-        return cls(**groups, interleave=layout.interleave)
+        return cls(**groups, interleave=layout.interleave, is_for_prompts=False)
