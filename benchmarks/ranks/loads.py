@@ -155,7 +155,7 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
             tokens_per_s=tokens / median_s,
             collective_share=max(0.0, collective_s / step_s) if step_s else 0.0,
             bubble_share=1 - busy_s / total_s if layout.pp > 1 else 0.0,
-            **_imbalances(counted, engine.runner.expert_tokens),
+            **imbalances(counted, engine.runner.expert_tokens),
         )
 
 
@@ -209,7 +209,7 @@ def _grown(before: Sequence[RankTimes], after: Sequence[RankTimes], name: str) -
     return float(sum(getattr(new, name) - getattr(old, name) for old, new in pairs))
 
 
-def _imbalances(before: Sequence[ExpertTokens], after: Sequence[ExpertTokens]) -> dict[str, float]:
+def imbalances(before: Sequence[ExpertTokens], after: Sequence[ExpertTokens]) -> dict[str, float]:
     """Of experts, and of ranks; where ranks share experts one of them counts."""
     new_by_rank = [
         np.sum([np.subtract(new[layer], old[layer]) for layer in new], axis=0)
