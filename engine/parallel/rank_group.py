@@ -121,7 +121,8 @@ def join_group(
         device: where the tensors are; CPU by default. With CUDA, all axes but the world's use NCCL.
 
     Raises:
-        ValueError: the layout has another number of ranks than the environment; both are named.
+        ValueError: the layout has another number of ranks than the environment; both are named. Or
+            it is interleaved, on CUDA.
     """
     config = config or CollectivesConfig()
     if environment is None:
@@ -135,9 +136,15 @@ def join_group(
     environment.check_layout(layout)
     if layout.num_ranks == 1:
         return RankGroup(layout, 0, {}, config=config)
+    device = device or torch.device("cpu")
+    if layout.interleave > 1 and device.type == "cuda":
+        raise ValueError(
+            f"{layout} sends both ways between stages, and NCCL would wait for one before the "
+            f"other; use pp={layout.pp} without interleave on CUDA"
+        )
     store = environment.open_store(config.join_timeout_s)
     keeper = None if environment.is_store_elsewhere else 0
-    group = _joined(layout, environment.rank, store, keeper, config, device or torch.device("cpu"))
+    group = _joined(layout, environment.rank, store, keeper, config, device)
     group.axes.world.barrier()  # nobody leaves, and takes the store along, before all are there
     return group
 

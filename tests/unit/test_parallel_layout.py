@@ -1,4 +1,5 @@
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -174,3 +175,12 @@ def test_one_rank_joins_alone() -> None:
     with join_group(ParallelLayout()) as group:
         assert group.axes.world.broadcast_bytes(b"step", max_bytes=10) == b"step"
         assert group.transports == {}
+
+
+def test_interleaved_stages_are_refused_on_cuda_before_anything_is_joined() -> None:
+    place = RankEnvironment(
+        rank=0, world_size=2, local_rank=0, master_address="127.0.0.1", master_port=1
+    )
+    layout = ParallelLayout(pp=2, interleave=2)
+    with pytest.raises(ValueError, match=r"pp=2,interleave=2 .* NCCL .*; use pp=2 without"):
+        join_group(layout, place, device=torch.device("cuda"))
