@@ -249,7 +249,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Measure all cases; returns the exit status."""
     options = parsed(arguments)
-    path = _model_path(options.model)
+    path = model_path(options.model)
     limit_s = 0.5 if options.quick else 2.0
     num_cores = len(os.sched_getaffinity(0))
     console = Console()
@@ -273,7 +273,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _model_path(model: str) -> Path:
+def model_path(model: str) -> Path:
     if model != "demo":
         return Path(model)
     from deploy.up import located_model  # only the demo model needs the launcher

@@ -11,7 +11,7 @@ from kv_transfer.copying import Offsets
 from kv_transfer.frame import MAX_BLOCKS, FrameError, FrameHeader
 from kv_transfer.plane import WriteWindow
 
-FRAME_BYTES = 1 << 20
+FRAME_BYTES = 4 << 20
 """Most payload of a frame on a socket, where one block is not larger."""
 
 

@@ -7,6 +7,7 @@ slots of some heads part by part, and whole slots of all heads together.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -54,26 +55,8 @@ class Region:
         return Grain.PART if part_bytes <= max_bytes else Grain.HEAD
 
     def runs(self, grain: Grain, max_bytes: int) -> tuple[Offsets, Offsets]:
-        """Offsets inside a block and lengths, in the order of slots_LJGNX."""
-        layout, box = self.layout, self.box
-        layer_bytes = layout.block_bytes // layout.num_layers
-        part_bytes = layer_bytes // layout.num_parts
-        head_bytes = part_bytes // layout.num_kv_heads
-        slot_bytes = head_bytes // layout.block_size_tokens
-        layers = np.arange(box.first_layer, box.first_layer + box.num_layers, dtype=np.int64)
-        if grain is Grain.LAYERS:
-            step = max(1, max_bytes // layer_bytes)
-            lengths = np.diff(np.arange(0, box.num_layers, step), append=box.num_layers)
-            return layers[::step] * layer_bytes, lengths * layer_bytes
-        parts = np.arange(layout.num_parts, dtype=np.int64)
-        offsets = layers[:, None] * layer_bytes + parts * part_bytes
-        if grain is Grain.PART:
-            offsets = (offsets + box.first_head * head_bytes).reshape(-1)
-            return offsets, np.full_like(offsets, box.num_heads * head_bytes)
-        heads = np.arange(box.first_head, box.first_head + box.num_heads, dtype=np.int64)
-        offsets = offsets[:, :, None] + heads * head_bytes + self.first_slot * slot_bytes
-        offsets = offsets.reshape(-1)
-        return offsets, np.full_like(offsets, self.num_slots * slot_bytes)
+        """Offsets inside a block and lengths, in the order of slots_LJGNX; not to be changed."""
+        return _runs(self, grain, max_bytes)
 
     def runs_of(
         self, block_indices: Offsets, grain: Grain, max_bytes: int
@@ -82,6 +65,30 @@ class Region:
         offsets, lengths = self.runs(grain, max_bytes)
         starts = block_indices[:, None] * self.layout.block_bytes
         return (starts + offsets).reshape(-1), np.tile(lengths, len(block_indices))
+
+
+@lru_cache(maxsize=1024)
+def _runs(region: Region, grain: Grain, max_bytes: int) -> tuple[Offsets, Offsets]:
+    """As `Region.runs`: the same few again and again, and for a small push most of its time."""
+    layout, box = region.layout, region.box
+    layer_bytes = layout.block_bytes // layout.num_layers
+    part_bytes = layer_bytes // layout.num_parts
+    head_bytes = part_bytes // layout.num_kv_heads
+    slot_bytes = head_bytes // layout.block_size_tokens
+    layers = np.arange(box.first_layer, box.first_layer + box.num_layers, dtype=np.int64)
+    if grain is Grain.LAYERS:
+        step = max(1, max_bytes // layer_bytes)
+        lengths = np.diff(np.arange(0, box.num_layers, step), append=box.num_layers)
+        return layers[::step] * layer_bytes, lengths * layer_bytes
+    parts = np.arange(layout.num_parts, dtype=np.int64)
+    offsets = layers[:, None] * layer_bytes + parts * part_bytes
+    if grain is Grain.PART:
+        offsets = (offsets + box.first_head * head_bytes).reshape(-1)
+        return offsets, np.full_like(offsets, box.num_heads * head_bytes)
+    heads = np.arange(box.first_head, box.first_head + box.num_heads, dtype=np.int64)
+    offsets = offsets[:, :, None] + heads * head_bytes + region.first_slot * slot_bytes
+    offsets = offsets.reshape(-1)
+    return offsets, np.full_like(offsets, region.num_slots * slot_bytes)
 
 
 @dataclass(frozen=True, slots=True)

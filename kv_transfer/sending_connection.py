@@ -4,7 +4,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import xxhash
@@ -125,14 +125,22 @@ class SendingConnection:
 
     def _send(self, sock: socket.socket, push: Push, frame: Piece, *, is_last: bool) -> None:
         content = self._source.content(push, frame)
-        header = _header(push, frame)
-        if is_last:
-            header = replace(header, flags=FrameFlag.LAST)
-        if self._has_checksums:
-            flags = header.flags | FrameFlag.CHECKSUM
-            header = replace(header, flags=flags, checksum=digest(content.checked))
         ids = ids_to_bytes(frame.target_blocks)
-        header = replace(header, ids_checksum=xxhash.xxh3_64_intdigest(ids))
+        flags = FrameFlag.LAST if is_last else FrameFlag(0)
+        header = FrameHeader(
+            flags=flags | FrameFlag.CHECKSUM if self._has_checksums else flags,
+            writer_id=push.writer_id,
+            push=push.number,
+            lease_id=push.permit.lease_id,
+            epoch=push.permit.epoch,
+            num_blocks=len(frame.target_blocks),
+            first_slot=frame.target.first_slot,
+            num_slots=frame.target.num_slots,
+            box=frame.target.box,
+            num_bytes=frame.num_bytes,
+            checksum=digest(content.checked) if self._has_checksums else 0,
+            ids_checksum=xxhash.xxh3_64_intdigest(ids),
+        )
         stream.send(
             sock,
             header.to_bytes() + ids,
@@ -155,20 +163,3 @@ class SendingConnection:
         if (answer.push, answer.lease_id) != (push.number, push.permit.lease_id):
             raise ConnectionResetError("answer to another push")
         return answer.status
-
-
-def _header(push: Push, frame: Piece) -> FrameHeader:
-    return FrameHeader(
-        flags=FrameFlag(0),
-        writer_id=push.writer_id,
-        push=push.number,
-        lease_id=push.permit.lease_id,
-        epoch=push.permit.epoch,
-        num_blocks=len(frame.target_blocks),
-        first_slot=frame.target.first_slot,
-        num_slots=frame.target.num_slots,
-        box=frame.target.box,
-        num_bytes=frame.num_bytes,
-        checksum=0,
-        ids_checksum=0,
-    )

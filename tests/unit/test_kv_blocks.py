@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer import copying
@@ -96,6 +96,7 @@ def test_copies_are_bounded_and_complete(
         np.testing.assert_array_equal(remote.blocks(), expected)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=5),
     st.booleans(),
