@@ -9,7 +9,6 @@ of a handover over tcp a prompt has to wait for, prefill on one core and the rec
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -37,19 +36,19 @@ def measured_rates(*, is_quick: bool) -> Iterator[Figure]:
         print(f"{way} ...", file=sys.stderr, flush=True)
         environment = {"UCX_TLS": "tcp,self"} if way in NIXL_TCP else {}
         lines = _lines_of("near", way, is_quick=is_quick, environment=environment)
-        yield from (Figure(**line) for line in lines)
+        yield from (msgspec.json.decode(line, type=Figure) for line in lines)
 
 
 def measured_overlap(model: str, *, is_quick: bool) -> list[Overlap]:
     """Each prompt length."""
     print("handovers beside prefill ...", file=sys.stderr, flush=True)
     lines = _lines_of("overlap", "--model", model, is_quick=is_quick, environment={})
-    return [Overlap(**line) for line in lines]
+    return [msgspec.json.decode(line, type=Overlap) for line in lines]
 
 
 def _lines_of(
     module: str, *arguments: str, is_quick: bool, environment: dict[str, str]
-) -> Iterator[dict[str, float]]:
+) -> Iterator[str]:
     command = [sys.executable, "-m", f"benchmarks.moving.{module}", *arguments]
     done = subprocess.run(
         [*command, *(["--quick"] if is_quick else [])],
@@ -60,7 +59,7 @@ def _lines_of(
     )
     for line in done.stdout.splitlines():
         if line.startswith("{"):  # libraries may talk, too
-            yield json.loads(line)
+            yield line
 
 
 def main(arguments: Sequence[str]) -> int:

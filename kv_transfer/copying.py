@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.int64]
 
-STREAMING_BYTES = 1 << 20
+STREAMING_BYTES = 256 << 10
 """From here on a copy goes past the caches: whoever reads it does so later, elsewhere."""
 
 LIBRARY_PATH = Path(engine.__path__[0]) / "kernels" / "libisthmus.so"
@@ -22,13 +22,12 @@ LIBRARY_PATH = Path(engine.__path__[0]) / "kernels" / "libisthmus.so"
 
 def _load() -> "ctypes._NamedFuncPointer | None":
     try:
-        function = ctypes.CDLL(str(LIBRARY_PATH)).isthmus_copy_runs
+        function = ctypes.CDLL(str(LIBRARY_PATH)).isthmus_copy_inside
     except (OSError, AttributeError) as error:  # not built, or older than its sources
         logger.info("KV is copied by numpy: %s", error)
         return None
-    pointers = [ctypes.c_void_p] * 5
-    function.argtypes = [*pointers, ctypes.c_int64, ctypes.c_int]
-    function.restype = None
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, size, pointer, size, *[pointer] * 3, size, ctypes.c_int]
     return function
 
 
@@ -51,24 +50,39 @@ def copy_runs(
     Raises:
         IndexError: a run is not inside both; nothing was copied.
     """
-    if not len(lengths):
-        return
-    ends = ((target_offsets, target), (source_offsets, source))
-    if lengths.min() < 0 or any(
-        offsets.min() < 0 or (offsets + lengths).max() > len(data) for offsets, data in ends
-    ):
-        raise IndexError("a run lies outside of its buffer")
     if _native is None:
-        runs = zip(target_offsets.tolist(), source_offsets.tolist(), lengths.tolist(), strict=True)
-        for there, here, length in runs:
-            np.copyto(target[there : there + length], source[here : here + length])
+        _copy_slowly(target, source, target_offsets, source_offsets, lengths)
         return
-    _native(
+    failed = _native(
         target.ctypes.data,
+        len(target),
         source.ctypes.data,
+        len(source),
         np.ascontiguousarray(target_offsets).ctypes.data,
         np.ascontiguousarray(source_offsets).ctypes.data,
         np.ascontiguousarray(lengths).ctypes.data,
         len(lengths),
         is_streaming,
     )
+    if failed:
+        raise IndexError(_OUTSIDE)
+
+
+_OUTSIDE = "a run lies outside of its buffer"
+
+
+def _copy_slowly(
+    target: Bytes,
+    source: Bytes,
+    target_offsets: Offsets,
+    source_offsets: Offsets,
+    lengths: Offsets,
+) -> None:
+    ends = ((target_offsets, target), (source_offsets, source))
+    if (lengths < 0).any() or any(
+        (offsets < 0).any() or (offsets + lengths > len(data)).any() for offsets, data in ends
+    ):
+        raise IndexError(_OUTSIDE)
+    runs = zip(target_offsets.tolist(), source_offsets.tolist(), lengths.tolist(), strict=True)
+    for there, here, length in runs:
+        np.copyto(target[there : there + length], source[here : here + length])

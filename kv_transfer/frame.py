@@ -1,4 +1,4 @@
-"""The tcp data plane's frames: header, block ids, payload; a fixed answer after each push.
+"""Frames of data connections: header, block ids, payload, checksum; an answer after each push.
 
 Big-endian. A frame carries the same slots of the same box of some blocks, block by block, each
 slots_LJGNX as in `blocks`. Header and block ids have checksums of their own, so that a damaged
@@ -19,14 +19,15 @@ MAGIC = b"ISKV"
 VERSION = 3
 
 # magic, version, flags, reserved, writer id, push, lease id, epoch, blocks, first slot, slots,
-# first layer, layers, first head, heads, bytes, checksums of payload and block ids
-_HEADER = struct.Struct(">4sBBHQQQQIIIIIIIQQQ")
+# first layer, layers, first head, heads, bytes, checksum of the block ids
+_HEADER = struct.Struct(">4sBBHQQQQIIIIIIIQQ")
 # magic, version, status, reserved, push, lease id
 _ANSWER = struct.Struct(">4sBBHQQ")
 _SEAL = struct.Struct(">Q")
 HEADER_BYTES = _HEADER.size + _SEAL.size
 ANSWER_BYTES = _ANSWER.size + _SEAL.size
 BLOCK_ID = np.dtype(">u4")
+CHECKSUM_BYTES = _SEAL.size
 MAX_BLOCKS = 1024
 """In one frame."""
 
@@ -35,7 +36,8 @@ class FrameFlag(IntFlag):
     LAST = 1
     """The push ends with this frame on this connection: answer it."""
     CHECKSUM = 2
-    """`checksum` is the payload's xxh3_64."""
+    """The payload's xxh3_64 follows it, CHECKSUM_BYTES: so it is taken piece by piece of what has
+    just gone through the cache."""
 
 
 _ALL_FLAGS = int(FrameFlag.LAST | FrameFlag.CHECKSUM)
@@ -71,7 +73,6 @@ class FrameHeader:
     box: Box
     """Of the receiving rank's pool."""
     num_bytes: int
-    checksum: int
     ids_checksum: int
 
     def to_bytes(self) -> bytes:
@@ -93,7 +94,6 @@ class FrameHeader:
                 self.box.first_head,
                 self.box.num_heads,
                 self.num_bytes,
-                self.checksum,
                 self.ids_checksum,
             )
         )
@@ -110,7 +110,7 @@ def header_from(data: bytes | bytearray) -> FrameHeader:
         raise FrameError("damaged")
     if reserved or flags > _ALL_FLAGS:
         raise FrameError("bad_flags")
-    writer_id, push, lease_id, epoch, num_blocks, first_slot, num_slots, *box, size, of, ids = rest
+    writer_id, push, lease_id, epoch, num_blocks, first_slot, num_slots, *box, size, ids = rest
     return FrameHeader(
         flags=FrameFlag(flags),
         writer_id=writer_id,
@@ -122,9 +122,17 @@ def header_from(data: bytes | bytearray) -> FrameHeader:
         num_slots=num_slots,
         box=Box(*box),
         num_bytes=size,
-        checksum=of,
         ids_checksum=ids,
     )
+
+
+def checksum_to_bytes(checksum: int) -> bytes:
+    return _SEAL.pack(checksum)
+
+
+def is_checksum(data: bytes | bytearray, checksum: int) -> bool:
+    """Whether these CHECKSUM_BYTES say the same."""
+    return bool(_SEAL.unpack(data)[0] == checksum)
 
 
 def ids_to_bytes(block_ids: Offsets) -> bytes:

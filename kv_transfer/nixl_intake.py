@@ -13,8 +13,15 @@ from kv_transfer.blocks import host_blocks
 from kv_transfer.config import TransferConfig
 from kv_transfer.copying import Offsets
 from kv_transfer.data_listener import Connection, DataListener
-from kv_transfer.frame import FrameError, FrameFlag, FrameHeader, PushStatus
-from kv_transfer.frame_reader import FrameReader
+from kv_transfer.frame import (
+    CHECKSUM_BYTES,
+    FrameError,
+    FrameFlag,
+    FrameHeader,
+    PushStatus,
+    is_checksum,
+)
+from kv_transfer.frame_reader import FrameReader, receive_all
 from kv_transfer.gate import Gate
 from kv_transfer.memory import KvMemory
 from kv_transfer.nixl_agent import Addresses, NixlAgent
@@ -94,7 +101,7 @@ class _FetchedBody:
 
     def take(self, header: FrameHeader, block_ids: Offsets) -> PushStatus:
         blocks = self._intake.blocks
-        addresses = self._receive_addresses(header)
+        addresses, checksum = self._receive_addresses(header)
         region = Region(blocks.layout, header.box, header.first_slot, header.num_slots)
         grain = _grain_of(region, len(addresses) // header.num_blocks)
         offsets, lengths = region.runs_of(block_ids, grain, WHOLE_RUN)
@@ -105,18 +112,24 @@ class _FetchedBody:
             pool = blocks.flat.data
             runs = zip(offsets.tolist(), lengths.tolist(), strict=True)
             views = [pool[offset : offset + length] for offset, length in runs]
-            if digest(views) != header.checksum:
+            if not is_checksum(checksum, digest(views)):
                 return PushStatus.CORRUPT
         return PushStatus.WRITTEN
 
     def skip(self, header: FrameHeader) -> None:
         self._receive_addresses(header)
 
-    def _receive_addresses(self, header: FrameHeader) -> Addresses:
+    def _receive_addresses(self, header: FrameHeader) -> tuple[Addresses, bytearray]:
+        """And the payload's checksum, if there is one."""
+        timeout_s = self._intake.timeout_s
         most = header.num_blocks * header.box.num_cells * self._intake.blocks.layout.num_parts
-        return receive_addresses(
-            self._connection, range(header.num_blocks, most + 1), timeout_s=self._intake.timeout_s
-        )
+        bounds = range(header.num_blocks, most + 1)
+        addresses = receive_addresses(self._connection, bounds, timeout_s=timeout_s)
+        checksum = bytearray()
+        if FrameFlag.CHECKSUM in header.flags:
+            checksum = bytearray(CHECKSUM_BYTES)
+            receive_all(self._connection, memoryview(checksum), timeout_s=timeout_s)
+        return addresses, checksum
 
 
 def _grain_of(region: Region, runs_of_block: int) -> Grain:

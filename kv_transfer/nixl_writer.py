@@ -61,7 +61,7 @@ class _FetchedSource:
         pool = push.source.blocks.flat.data
         runs = zip(offsets.tolist(), lengths.tolist(), strict=True)
         return FrameContent(
-            [addresses_to_bytes(self._agent.addresses(offsets))],
+            [memoryview(addresses_to_bytes(self._agent.addresses(offsets)))],
             [pool[offset : offset + length] for offset, length in runs],
         )
 

@@ -1,6 +1,6 @@
 """A frame's payload: parts of a pool that lie here and there, as buffers for a socket."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import xxhash
@@ -8,6 +8,8 @@ import xxhash
 from kv_transfer.copying import Bytes, Offsets, copy_runs
 from kv_transfer.runs import merged
 
+PIECE_BYTES = 256 << 10
+"""Of a payload with a checksum: goes through the socket and its checksum while in the cache."""
 SCATTER_BYTES = 8192
 """Shorter runs are gathered in one buffer: cheaper than a system call's list of them."""
 
@@ -44,14 +46,28 @@ class Payload:
             copy_runs(self._pool, self._scratch, *copies, is_streaming=False)
 
 
-def digest(views: Sequence[memoryview]) -> int:
+def digest(views: Iterable[memoryview]) -> int:
     """The xxh3_64 of all of them in order."""
-    if len(views) == 1:
-        return xxhash.xxh3_64_intdigest(views[0])
     hashed = xxhash.xxh3_64()
     for view in views:
         hashed.update(view)
     return hashed.intdigest()
+
+
+def cut(views: Sequence[memoryview], max_bytes: int) -> Iterator[list[memoryview]]:
+    """The same in order, so many bytes at a time."""
+    piece: list[memoryview] = []
+    num_left = max_bytes
+    for view in views:
+        for first in range(0, len(view), max_bytes):
+            part = view[first : first + max_bytes]
+            if len(part) > num_left:
+                yield piece
+                piece, num_left = [], max_bytes
+            piece.append(part)
+            num_left -= len(part)
+    if piece:
+        yield piece
 
 
 def _places(lengths: Offsets) -> Offsets:

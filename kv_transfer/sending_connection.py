@@ -18,9 +18,10 @@ from kv_transfer.frame import (
     FrameHeader,
     PushStatus,
     answer_from,
+    checksum_to_bytes,
     ids_to_bytes,
 )
-from kv_transfer.payload import digest
+from kv_transfer.payload import PIECE_BYTES, cut, digest
 from kv_transfer.plane import WritePermit
 from kv_transfer.runs import Piece
 
@@ -50,10 +51,10 @@ class Push:
 class FrameContent:
     """What a frame says beyond its header and block ids."""
 
-    sent: Sequence[bytes | memoryview]
+    sent: Sequence[memoryview]
     """Behind them on the connection."""
     checked: Sequence[memoryview]
-    """The payload, for its checksum."""
+    """The payload, for its checksum; the same object where it is what is sent."""
 
 
 class FrameSource(Protocol):
@@ -138,16 +139,25 @@ class SendingConnection:
             num_slots=frame.target.num_slots,
             box=frame.target.box,
             num_bytes=frame.num_bytes,
-            checksum=digest(content.checked) if self._has_checksums else 0,
             ids_checksum=xxhash.xxh3_64_intdigest(ids),
         )
-        stream.send(
-            sock,
-            header.to_bytes() + ids,
-            *content.sent,
-            timeout_s=self._timeout_s,
-            check=push.check,
-        )
+
+        def send(*buffers: bytes | memoryview) -> None:
+            stream.send(sock, *buffers, timeout_s=self._timeout_s, check=push.check)
+
+        head = header.to_bytes() + ids
+        if not self._has_checksums:
+            send(head, *content.sent)
+        elif content.checked is not content.sent or frame.num_bytes <= PIECE_BYTES:
+            send(head, *content.sent, checksum_to_bytes(digest(content.checked)))
+        else:
+            send(head)
+            hashed = xxhash.xxh3_64()
+            for piece in cut(content.checked, PIECE_BYTES):
+                send(*piece)
+                for view in piece:
+                    hashed.update(view)
+            send(checksum_to_bytes(hashed.intdigest()))
 
     def _receive_answer(self, sock: socket.socket, push: Push) -> PushStatus:
         data = bytearray(ANSWER_BYTES)

@@ -60,6 +60,9 @@ class SlotRanges(Sequence[SlotRange]):
 
     def by_slots(self) -> Iterator["SlotRanges"]:
         """Those with the same slots at both ends together; mostly whole blocks and two ends."""
+        if len(self.rows) == 1:
+            yield self
+            return
         slots = self.rows[:, [1, 3, 4]]
         if (slots == slots[:1]).all():
             yield self

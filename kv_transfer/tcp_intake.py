@@ -5,20 +5,28 @@ frame that is not as agreed.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 
 from kv_transfer import stream
 from kv_transfer.blocks import host_blocks
 from kv_transfer.config import TransferConfig
 from kv_transfer.copying import Bytes, Offsets
 from kv_transfer.data_listener import Connection, DataListener
-from kv_transfer.frame import FrameFlag, FrameHeader, PushStatus
+from kv_transfer.frame import (
+    CHECKSUM_BYTES,
+    FrameFlag,
+    FrameHeader,
+    PushStatus,
+    is_checksum,
+)
 from kv_transfer.frame_reader import FrameReader, receive_all
 from kv_transfer.gate import FRAME_BYTES, Gate
 from kv_transfer.memory import KvMemory
 from kv_transfer.offer import TcpOffer
-from kv_transfer.payload import Payload, digest
+from kv_transfer.payload import PIECE_BYTES, Payload, cut
 from kv_transfer.plane import WriteWindow
 from kv_transfer.runs import Region
 from kv_transfer.tls import server_context
@@ -93,8 +101,7 @@ class _SocketBody:
         return status
 
     def skip(self, header: FrameHeader) -> None:
-        data = self._scratch()[: header.num_bytes].data
-        receive_all(self._connection, data, timeout_s=self._intake.timeout_s)
+        self._receive_checked(header, [self._scratch()[: header.num_bytes].data])
 
     def _receive_for_device(self, header: FrameHeader, block_ids: Offsets) -> PushStatus:
         data = self._scratch()[: header.num_bytes].data
@@ -113,11 +120,21 @@ class _SocketBody:
             )
         return PushStatus.WRITTEN
 
-    def _receive_checked(self, header: FrameHeader, views: list[memoryview]) -> PushStatus:
-        receive_all(self._connection, *views, timeout_s=self._intake.timeout_s)
-        if FrameFlag.CHECKSUM in header.flags and digest(views) != header.checksum:
-            return PushStatus.CORRUPT
-        return PushStatus.WRITTEN
+    def _receive_checked(self, header: FrameHeader, views: Sequence[memoryview]) -> PushStatus:
+        timeout_s = self._intake.timeout_s
+        if FrameFlag.CHECKSUM not in header.flags:
+            receive_all(self._connection, *views, timeout_s=timeout_s)
+            return PushStatus.WRITTEN
+        checksum = bytearray(CHECKSUM_BYTES)
+        hashed = xxhash.xxh3_64()
+        pieces = [*cut(views, PIECE_BYTES)]
+        for piece in pieces:
+            more = [memoryview(checksum)] if piece is pieces[-1] else []
+            receive_all(self._connection, *piece, *more, timeout_s=timeout_s)
+            for view in piece:
+                hashed.update(view)
+        is_whole = is_checksum(checksum, hashed.intdigest())
+        return PushStatus.WRITTEN if is_whole else PushStatus.CORRUPT
 
     def _scratch(self) -> Bytes:
         if self._staging is None:

@@ -41,8 +41,9 @@ class Far:
         do = question.pop("do")
         if do == "cpu":
             return {"cpu_s": time.process_time()}
-        handlers = {"plane": self._plane, "socket": self._socket, "nixl": self._nixl}
-        return handlers[do](**question)
+        if do == "plane":
+            return self._plane(**question)
+        return self._socket(**question) if do == "socket" else self._nixl(**question)
 
     def close(self) -> None:
         self._stack.close()

@@ -54,14 +54,14 @@ def measure(name: str, *, limit_s: float, most_bytes: int) -> Iterator[Figure]:
 def _measured(name: str, case: Case, move: Move, far: FarProcess, limit_s: float) -> Figure:
     here, there = scattered(case, 1), scattered(case, 2)
     for _ in range(2):
-        move(case, next(here), next(there))
+        move(case, next(here), next(there))()
     seconds: list[float] = []
     far_s, near_s = far.cpu_s, time.process_time()
     end_s = time.perf_counter() + limit_s
     while len(seconds) < MIN_RUNS or (len(seconds) < MAX_RUNS and time.perf_counter() < end_s):
-        places = (next(here), next(there))
+        moving = move(case, next(here), next(there))
         start_s = time.perf_counter()
-        move(case, *places)
+        moving()
         seconds.append(time.perf_counter() - start_s)
     cpu_s = time.process_time() - near_s + far.cpu_s - far_s
     return Figure(

@@ -3,10 +3,13 @@
 import base64
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from nixl_cu12._api import nixl_agent, nixl_agent_config
 
@@ -14,6 +17,8 @@ from benchmarks.moving.case import POOL_BYTES, Case, layout_of
 from benchmarks.moving.ways import FarProcess, Move
 from engine.kv_cache.pool import KvPool
 from kv_transfer.copying import Offsets
+
+Indices = npt.NDArray[np.int32]
 
 
 def opened_agent(name: str, pool: KvPool) -> tuple[Any, Any, int]:
@@ -49,11 +54,11 @@ class Nixl:
         for prepared in reversed(lists):
             stack.callback(prepared.release)
 
-        def move(case: Case, here: Offsets, there: Offsets) -> None:
-            places = (here.astype(np.int32), there.astype(np.int32))
-            transfer = agent.make_prepped_xfer(
-                self._operation, lists[0], places[0], lists[1], places[1]
-            )
+        def ready(case: Case, here: Offsets, there: Offsets) -> Callable[[], object]:
+            return partial(move, here.astype(np.int32), there.astype(np.int32))
+
+        def move(here: Indices, there: Indices) -> None:
+            transfer = agent.make_prepped_xfer(self._operation, lists[0], here, lists[1], there)
             state = agent.transfer(transfer)
             while state == "PROC":
                 time.sleep(0)  # the progress thread may have this core
@@ -61,7 +66,7 @@ class Nixl:
             assert state == "DONE", state
             agent.release_xfer_handle(transfer)
 
-        return move
+        return ready
 
 
 def _rows(starts: "np.ndarray[tuple[int], np.dtype[np.uint64]]", block_bytes: int) -> Any:  # noqa: ANN401

@@ -114,10 +114,13 @@ async def _measured(
         first_token_ms.append((timing.done_ns - timing.arrived_ns) / 1e6)
         alone_ms.append(alone)
     return Overlap(
-        str(data_plane),
-        num_tokens,
-        *(statistics.median(some) for some in (prefill_ms, exposed_ms, first_token_ms, alone_ms)),
-        num_runs,
+        data_plane=str(data_plane),
+        num_tokens=num_tokens,
+        prefill_ms=statistics.median(prefill_ms),
+        exposed_ms=statistics.median(exposed_ms),
+        first_token_ms=statistics.median(first_token_ms),
+        alone_ms=statistics.median(alone_ms),
+        num_runs=num_runs,
     )
 
 

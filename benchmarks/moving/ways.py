@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -66,8 +67,8 @@ class FarProcess:
         return float(self.ask("cpu")["cpu_s"])
 
 
-Move = Callable[[Case, Offsets, Offsets], None]
-"""Move a case's blocks from these places to those; returns when they are there."""
+Move = Callable[[Case, Offsets, Offsets], Callable[[], object]]
+"""Get ready to move a case's blocks from these places to those; what it returns moves them."""
 
 
 class Way(Protocol):
@@ -82,29 +83,40 @@ class MemoryCopy:
         source, target = (np.ones(POOL_BYTES, np.uint8) for _ in range(2))
         places = _Places()
 
-        def move(case: Case, here: Offsets, there: Offsets) -> None:
+        def ready(case: Case, here: Offsets, there: Offsets) -> Callable[[], object]:
             some = places.next(case)
-            np.copyto(target[some], source[some])
+            return partial(np.copyto, target[some], source[some])
 
-        return move
+        return ready
 
 
 class PlainSocket:
-    """As many bytes in one piece: sendall here, recv_into there, a byte back."""
+    """As many bytes of the same pools in one piece: sendall here, recv_into there, a byte back."""
 
     def open(self, far: FarProcess, block_bytes: int, stack: ExitStack) -> Move:
-        source = memoryview(np.ones(POOL_BYTES, np.uint8).data)
+        pool = stack.enter_context(_pool(block_bytes))
+        source = pool.host_bytes
+        assert source is not None
         address = ("127.0.0.1", far.ask("socket", block_bytes=block_bytes)["port"])
         sock = stack.enter_context(socket.create_connection(address))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         places = _Places()
 
-        def move(case: Case, here: Offsets, there: Offsets) -> None:
-            sock.sendall(case.num_bytes.to_bytes(8))
-            sock.sendall(source[places.next(case)])
-            sock.recv(1)
+        def ready(case: Case, here: Offsets, there: Offsets) -> Callable[[], object]:
+            buffers = (case.num_bytes.to_bytes(8), source[places.next(case)])
 
-        return move
+            def move() -> None:
+                for buffer in buffers:
+                    sock.sendall(buffer)
+                sock.recv(1)
+
+            return move
+
+        return ready
+
+
+def _pool(block_bytes: int) -> KvPool:
+    return KvPool(layout_of(block_bytes), POOL_BYTES // block_bytes, torch.device("cpu"))
 
 
 class _Places:
@@ -128,7 +140,7 @@ class Plane:
 
     def open(self, far: FarProcess, block_bytes: int, stack: ExitStack) -> Move:
         layout = layout_of(block_bytes)
-        pool = stack.enter_context(KvPool(layout, POOL_BYTES // block_bytes, torch.device("cpu")))
+        pool = stack.enter_context(_pool(block_bytes))
         rank = pb.KvRank.FromString(
             base64.b64decode(
                 far.ask("plane", block_bytes=block_bytes, data_plane=self._data_plane)["rank"]
@@ -145,10 +157,10 @@ class Plane:
         stack.callback(writer.close)
         permit = WritePermit(LEASE_ID, EPOCH, lambda: 0.0, 1.0)
 
-        def move(case: Case, here: Offsets, there: Offsets) -> None:
+        def ready(case: Case, here: Offsets, there: Offsets) -> Callable[[], object]:
             zeros = np.zeros_like(here)
             slots = np.full_like(here, layout.block_size_tokens)
             parts = SlotRanges(np.stack([here, zeros, there, zeros, slots], axis=1))
-            writer.write(permit, source_from(pool, host, parts), parts, transfers)
+            return lambda: writer.write(permit, source_from(pool, host, parts), parts, transfers)
 
-        return move
+        return ready

@@ -24,7 +24,14 @@ from engine.parallel.layout import MAX_RANKS
 from kv_transfer import frame, sending_connection
 from kv_transfer.blocks import host_blocks, source_from
 from kv_transfer.config import TransferConfig
-from kv_transfer.frame import FrameFlag, FrameHeader, PushStatus, answer_from, ids_to_bytes
+from kv_transfer.frame import (
+    FrameFlag,
+    FrameHeader,
+    PushStatus,
+    answer_from,
+    checksum_to_bytes,
+    ids_to_bytes,
+)
 from kv_transfer.frame_writer import FrameWriter
 from kv_transfer.local_sending_rank import choose_writer
 from kv_transfer.offer import RankOffer, TcpOffer
@@ -76,7 +83,6 @@ GOOD_HEADER = FrameHeader(
     num_slots=4,
     box=WHOLE_BOX,
     num_bytes=BLOCK_BYTES,
-    checksum=0,
     ids_checksum=0,
 )
 GOOD = Frame(GOOD_HEADER, (9,))
@@ -286,24 +292,38 @@ def test_frames_of_a_lease_that_was_taken_back_go_nowhere() -> None:
 def test_a_damaged_payload_is_found() -> None:
     with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
         payload = bytearray(os.urandom(BLOCK_BYTES))
-        header = GOOD.but(
-            flags=FrameFlag.LAST | FrameFlag.CHECKSUM,
-            checksum=xxhash.xxh3_64_intdigest(payload),
-        )
+        checksum = checksum_to_bytes(xxhash.xxh3_64_intdigest(payload))
+        frame = GOOD.but(flags=FrameFlag.LAST | FrameFlag.CHECKSUM)
         payload[100] ^= 1
-        sock.sendall(header.to_bytes() + payload)
+        sock.sendall(frame.to_bytes() + payload + checksum)
         assert answer_on(sock) is PushStatus.CORRUPT
         payload[100] ^= 1
-        sock.sendall(header.to_bytes() + payload)
+        sock.sendall(frame.to_bytes() + payload + checksum)
         assert answer_on(sock) is PushStatus.WRITTEN
 
 
 def test_one_damaged_frame_spoils_the_whole_push() -> None:
     with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
-        bad = GOOD.but(flags=FrameFlag.CHECKSUM, checksum=1)
-        sock.sendall(bad.to_bytes() + bytes(BLOCK_BYTES))
+        bad = GOOD.but(flags=FrameFlag.CHECKSUM)
+        sock.sendall(bad.to_bytes() + bytes(BLOCK_BYTES) + checksum_to_bytes(1))
         sock.sendall(GOOD.to_bytes() + bytes(BLOCK_BYTES))
         assert answer_on(sock) is PushStatus.CORRUPT
+
+
+def test_a_large_payload_is_checked_in_pieces(monkeypatch) -> None:
+    for module in ("tcp_intake", "sending_connection"):
+        monkeypatch.setattr(f"kv_transfer.{module}.PIECE_BYTES", 1000)
+    parts = [SlotRange(0, 2, 3, 2, 2), SlotRange(1, 0, 9, 0, 4)]
+    with (
+        HostMemory() as memory,
+        HostMemory().fill_randomly(1) as local,
+        an_intake(memory) as intake,
+    ):
+        writer = a_writer(intake)
+        assert written(writer, local, parts) == 6 * TOKEN_BYTES
+        writer.close()
+        np.testing.assert_array_equal(memory.rows()[9], local.rows()[1])
+        np.testing.assert_array_equal(memory.tokens([3], 2, 4), local.tokens([0], 2, 4))
 
 
 def test_a_push_that_was_begun_again_shuts_the_earlier_one_out() -> None:

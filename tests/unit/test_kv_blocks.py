@@ -116,10 +116,15 @@ def test_runs_of_any_length_and_place_are_copied_whole(
     np.testing.assert_array_equal(target, expected)
 
 
+@pytest.mark.parametrize("is_native", [False, True])
 @pytest.mark.parametrize(
     ("there", "here", "length"), [(9, 0, 2), (0, 9, 2), (-1, 0, 1), (0, 0, -1)]
 )
-def test_no_run_leaves_its_buffer(there: int, here: int, length: int) -> None:
+def test_no_run_leaves_its_buffer(
+    there: int, here: int, length: int, is_native: bool, monkeypatch
+) -> None:
+    if not is_native:
+        monkeypatch.setattr(copying, "_native", None)
     places = (np.array([place], np.int64) for place in (there, here, length))
     with pytest.raises(IndexError):
         copy_runs(np.zeros(10, np.uint8), np.zeros(10, np.uint8), *places, is_streaming=False)

@@ -36,7 +36,6 @@ headers = st.builds(
     num_slots=u32,
     box=st.builds(Box, u32, u32, u32, u32),
     num_bytes=u64,
-    checksum=u64,
     ids_checksum=u64,
 )
 
@@ -62,7 +61,7 @@ def test_noise_is_no_header(data: bytes) -> None:
         header_from(b"X" + data[1:])
 
 
-HEADER = FrameHeader(FrameFlag.LAST, 9, 1, 2, 3, 4, 5, 6, Box(1, 2, 3, 4), 7, 8, 9)
+HEADER = FrameHeader(FrameFlag.LAST, 9, 1, 2, 3, 4, 5, 6, Box(1, 2, 3, 4), 7, 8)
 
 
 @pytest.mark.parametrize(("place", "value", "reason"), [(0, 0, "bad_magic"), (4, 1, "bad_version")])
