@@ -161,7 +161,7 @@ class SimShmLink(SimLink):
 
 
 class SimTcpLink(SimLink):
-    """Frames over a connection, as `TcpWriter` sends them."""
+    """Frames over a connection, as `tcp_writer`'s are."""
 
     data_planes: Sequence[str] = ("tcp",)
 
@@ -217,10 +217,9 @@ class SimTcpLink(SimLink):
             num_slots=part.num_slots,
             box=self._transfer.target,
             num_bytes=len(data),
-            checksum=xxhash.xxh3_64_intdigest(data.data),
             ids_checksum=0,
         )
-        return Frame(header, part.remote_block_id, data)
+        return Frame(header, part.remote_block_id, data, xxhash.xxh3_64_intdigest(data.data))
 
     async def _answer(self, connection: "SimConnection", permit: WritePermit) -> PushStatus:
         """Look at the permit now and then; a peer that is silent for long is given up."""
@@ -251,6 +250,7 @@ class Frame:
     header: FrameHeader
     block_id: int
     data: Bytes
+    checksum: int
 
 
 class SimConnection:
@@ -309,7 +309,7 @@ class SimConnection:
             self._end.land(header.lease_id, block_id, view[:cut], data[:cut])
             await self._transit()
             self._end.land(header.lease_id, block_id, view[cut:], data[cut:])
-            is_sound = xxhash.xxh3_64_intdigest(view.tobytes()) == header.checksum
+            is_sound = xxhash.xxh3_64_intdigest(view.tobytes()) == frame.checksum
             return PushStatus.WRITTEN if is_sound else PushStatus.CORRUPT
         finally:
             self._end.tcp.gate.leave(header, self)
