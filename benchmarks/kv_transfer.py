@@ -19,9 +19,8 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.moving.case import Figure
 from benchmarks.moving.comparison import overlap_table, rate_table, verdicts
-from benchmarks.moving.overlap import Overlap
+from benchmarks.moving.figure import Figure, Overlap
 
 FORMAT = "isthmus-kv-transfer-benchmark-2"
 OURS = ("memory copy", "shm", "plain socket", "tcp")

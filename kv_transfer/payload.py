@@ -9,7 +9,8 @@ from kv_transfer.copying import Bytes, Offsets, copy_runs
 from kv_transfer.runs import merged
 
 PIECE_BYTES = 256 << 10
-"""Of a payload with a checksum: goes through the socket and its checksum while in the cache."""
+"""Goes through its checksum and the socket while it is in the cache, beside what the receiver
+does with the piece before."""
 SCATTER_BYTES = 8192
 """Shorter runs are gathered in one buffer: cheaper than a system call's list of them."""
 

@@ -146,18 +146,21 @@ class SendingConnection:
             stream.send(sock, *buffers, timeout_s=self._timeout_s, check=push.check)
 
         head = header.to_bytes() + ids
-        if not self._has_checksums:
-            send(head, *content.sent)
-        elif content.checked is not content.sent or frame.num_bytes <= PIECE_BYTES:
-            send(head, *content.sent, checksum_to_bytes(digest(content.checked)))
-        else:
-            send(head)
-            hashed = xxhash.xxh3_64()
-            for piece in cut(content.checked, PIECE_BYTES):
-                send(*piece)
+        if content.checked is not content.sent or frame.num_bytes <= PIECE_BYTES:
+            send(head, *content.sent, *self._tail(content))
+            return
+        send(head)
+        hashed = xxhash.xxh3_64()
+        for piece in cut(content.checked, PIECE_BYTES):
+            if self._has_checksums:
                 for view in piece:
                     hashed.update(view)
+            send(*piece)
+        if self._has_checksums:
             send(checksum_to_bytes(hashed.intdigest()))
+
+    def _tail(self, content: FrameContent) -> Sequence[bytes]:
+        return (checksum_to_bytes(digest(content.checked)),) if self._has_checksums else ()
 
     def _receive_answer(self, sock: socket.socket, push: Push) -> PushStatus:
         data = bytearray(ANSWER_BYTES)

@@ -28,20 +28,6 @@ class Case:
         return self.block_bytes * self.num_blocks
 
 
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One case one way."""
-
-    way: str
-    block_bytes: int
-    num_blocks: int
-    gb_per_s: float
-    """Of the best run: what disturbs a run comes from outside."""
-    median_gb_per_s: float
-    cpu_s_per_gb: float
-    """Of both processes, over all runs."""
-
-
 def cases(most_bytes: int) -> list[Case]:
     """By size, then by number."""
     some = [Case(block_bytes, count) for block_bytes in BLOCK_BYTES for count in BLOCK_COUNTS]

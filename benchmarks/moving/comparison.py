@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from statistics import geometric_mean
 
-from benchmarks.moving.case import Case, Figure
-from benchmarks.moving.overlap import Overlap
+from benchmarks.moving.case import Case
+from benchmarks.moving.figure import Figure, Overlap
 
 LARGE_BYTES = 1 << 20
 """From here on a case is long enough for a rate; below, one call's fixed time decides."""

@@ -14,15 +14,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from benchmarks.moving.case import POOL_BYTES, layout_of
-from engine.kv_cache.pool import KvPool
 from kv_transfer.config import DataPlane, TransferConfig
 from kv_transfer.convert import rank_to_pb
 from kv_transfer.group_layout import GroupLayout
 from kv_transfer.local_receiving_rank import LocalReceivingRank
 from kv_transfer.plane import WriteWindow
+from kv_transfer.store.memory import StoreMemory
 
 EPOCH = 1
 LEASE_ID = 5
@@ -49,11 +47,11 @@ class Far:
         self._stack.close()
         self._stack = ExitStack()
 
-    def _pool(self, block_bytes: int) -> KvPool:
+    def _pool(self, block_bytes: int) -> StoreMemory:
         self.close()
         layout = layout_of(block_bytes)
         num_blocks = POOL_BYTES // block_bytes
-        return self._stack.enter_context(KvPool(layout, num_blocks, torch.device("cpu")))
+        return self._stack.enter_context(StoreMemory(layout, num_blocks))
 
     def _plane(self, block_bytes: int, data_plane: str) -> dict[str, Any]:
         pool = self._pool(block_bytes)
@@ -69,7 +67,6 @@ class Far:
     def _socket(self, block_bytes: int) -> dict[str, Any]:
         pool = self._pool(block_bytes)
         listener = self._stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        assert pool.host_bytes is not None
         threading.Thread(target=_take, args=(listener, pool.host_bytes), daemon=True).start()
         return {"port": listener.getsockname()[1]}
 

@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import groupby
 
-from benchmarks.moving.case import POOL_BYTES, QUICK_BYTES, Case, Figure, cases, scattered
+from benchmarks.moving.case import POOL_BYTES, QUICK_BYTES, Case, cases, scattered
+from benchmarks.moving.figure import Figure
 from benchmarks.moving.ways import FarProcess, MemoryCopy, Move, PlainSocket, Plane, Way
 from kv_transfer.config import Checksums, DataPlane
 

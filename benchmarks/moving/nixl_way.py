@@ -10,24 +10,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from nixl_cu12._api import nixl_agent, nixl_agent_config
 
 from benchmarks.moving.case import POOL_BYTES, Case, layout_of
 from benchmarks.moving.ways import FarProcess, Move
-from engine.kv_cache.pool import KvPool
 from kv_transfer.copying import Offsets
+from kv_transfer.store.memory import StoreMemory
 
 Indices = npt.NDArray[np.int32]
 
 
-def opened_agent(name: str, pool: KvPool) -> tuple[Any, Any, int]:
+def opened_agent(name: str, pool: StoreMemory) -> tuple[Any, Any, int]:
     """An agent with a progress thread, as it comes; what it has registered; the pool's address."""
     logging.getLogger("nixl").setLevel(logging.WARNING)
     agent = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
-    assert pool.host_bytes is not None
     base = np.frombuffer(pool.host_bytes, np.uint8).ctypes.data
-    registered = agent.register_memory([(base, pool.num_bytes, 0, "")], "DRAM")
+    registered = agent.register_memory(
+        [(base, pool.num_blocks * pool.layout.block_bytes, 0, "")], "DRAM"
+    )
     return agent, registered, base
 
 
@@ -40,7 +40,7 @@ class Nixl:
     def open(self, far: FarProcess, block_bytes: int, stack: ExitStack) -> Move:
         layout = layout_of(block_bytes)
         num_blocks = POOL_BYTES // block_bytes
-        pool = stack.enter_context(KvPool(layout, num_blocks, torch.device("cpu")))
+        pool = stack.enter_context(StoreMemory(layout, num_blocks))
         there_is = far.ask("nixl", block_bytes=block_bytes)
         agent, registered, base = opened_agent("near", pool)
         peer = agent.add_remote_agent(base64.b64decode(there_is["metadata"]))

@@ -12,11 +12,12 @@ import statistics
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import uvloop
 
+from benchmarks.moving.figure import Overlap
 from benchmarks.moving.receiver import RECEIVER_ID
 from engine.config import EngineConfig
 from engine.request import Request, SamplingParams
@@ -30,31 +31,6 @@ from mesh.channel import open_channel
 from prefill_worker.prefill import Inbox, Prefiller, PrefillJob
 
 PROMPTS = (512, 2000)
-
-
-@dataclass(frozen=True, slots=True)
-class Overlap:
-    """Medians over the runs."""
-
-    data_plane: str
-    num_tokens: int
-    prefill_ms: float
-    """First step to first token."""
-    exposed_ms: float
-    """End of prefill to the moment decode may run."""
-    first_token_ms: float
-    """Arrival to first token, with the handover under way beside it."""
-    alone_ms: float
-    """The same on this engine when nothing is handed over."""
-    num_runs: int
-
-    @property
-    def exposed_share(self) -> float:
-        return self.exposed_ms / self.prefill_ms
-
-    @property
-    def first_token_cost(self) -> float:
-        return self.first_token_ms / self.alone_ms - 1
 
 
 async def measure(

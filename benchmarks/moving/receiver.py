@@ -14,19 +14,18 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
-import torch
 import uvloop
 import xxhash
 from grpc import aio
 
 from engine.errors import CapacityError, UnknownRequestError
 from engine.kv_cache.layout import KvLayout
-from engine.kv_cache.pool import KvPool
 from engine.runtime.commands import Reservation
 from kv_transfer.config import DataPlane, TransferConfig
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.servicer import KvTransferServicer
+from kv_transfer.store.memory import StoreMemory
 from mesh.server import listening
 from protos.isthmus.v1 import kv_transfer_pb2_grpc as pb_grpc
 
@@ -37,7 +36,7 @@ POOL_BYTES = 280 << 20
 class RotatingLender:
     """Lends blocks in turn; a commit gives them back at once."""
 
-    def __init__(self, pool: KvPool, *, has_digests: bool) -> None:
+    def __init__(self, pool: StoreMemory, *, has_digests: bool) -> None:
         self._pool = pool
         self._layout = pool.layout
         self._has_digests = has_digests
@@ -73,7 +72,7 @@ async def receive(
     """Serve as the decode worker until stdin closes; print the address."""
     num_blocks = POOL_BYTES // layout.block_bytes
     async with AsyncExitStack() as stack:
-        pool = stack.enter_context(KvPool(layout, num_blocks, torch.device("cpu")))
+        pool = stack.enter_context(StoreMemory(layout, num_blocks))
         receiver = await stack.enter_async_context(
             KvReceiver(
                 RotatingLender(pool, has_digests=has_digests),

@@ -8,15 +8,15 @@ import json
 import sys
 import time
 
-import torch
+import numpy as np
 import xxhash
 
 from benchmarks.moving.slow_layout import LAYOUT
 from engine.errors import IsthmusError
-from engine.kv_cache.pool import KvPool
 from kv_transfer.config import DataPlane, TransferConfig
 from kv_transfer.sender import KvSender
 from kv_transfer.sending_group import SendingGroup
+from kv_transfer.store.memory import StoreMemory
 from mesh.channel import open_channel
 
 CHUNK_TOKENS = 512
@@ -26,9 +26,8 @@ async def hand_over(address: str, num_tokens: int, num_handovers: int) -> None:
     """Print what became of each."""
     config = TransferConfig(data_plane=DataPlane.TCP)
     num_blocks = LAYOUT.num_blocks_for(num_tokens)
-    with KvPool(LAYOUT, num_blocks, torch.device("cpu")) as pool:
-        host = pool.host_bytes
-        assert host is not None
+    with StoreMemory(LAYOUT, num_blocks) as pool:
+        host = np.frombuffer(pool.host_bytes, np.uint8)
         async with KvSender(
             SendingGroup.single(pool, config),
             sender_id="near",
@@ -37,10 +36,9 @@ async def hand_over(address: str, num_tokens: int, num_handovers: int) -> None:
             config=config,
         ) as sender:
             for index in range(num_handovers):
-                torch.manual_seed(index)
-                torch.frombuffer(host, dtype=torch.uint8).random_(0, 256)
+                host[:] = np.random.default_rng(index).integers(0, 256, len(host), np.uint8)
                 print(json.dumps(await _one(sender, address, f"r{index}", num_tokens)), flush=True)
-                print(f"r{index}", xxhash.xxh3_64_hexdigest(host), flush=True)
+                print(f"r{index}", xxhash.xxh3_64_hexdigest(host.data), flush=True)
 
 
 async def _one(

@@ -13,11 +13,9 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
-import torch
 
 from benchmarks.moving.case import POOL_BYTES, Case, layout_of
 from benchmarks.moving.far import EPOCH, LEASE_ID, LONG
-from engine.kv_cache.pool import KvPool
 from kv_transfer.blocks import host_blocks, source_from
 from kv_transfer.config import Checksums, DataPlane
 from kv_transfer.convert import rank_offer_from
@@ -27,6 +25,7 @@ from kv_transfer.plane import WritePermit
 from kv_transfer.reshard import Box, Transfer
 from kv_transfer.sending_rank import Target
 from kv_transfer.slot_ranges import SlotRanges
+from kv_transfer.store.memory import StoreMemory
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
 
 
@@ -96,7 +95,6 @@ class PlainSocket:
     def open(self, far: FarProcess, block_bytes: int, stack: ExitStack) -> Move:
         pool = stack.enter_context(_pool(block_bytes))
         source = pool.host_bytes
-        assert source is not None
         address = ("127.0.0.1", far.ask("socket", block_bytes=block_bytes)["port"])
         sock = stack.enter_context(socket.create_connection(address))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -115,8 +113,8 @@ class PlainSocket:
         return ready
 
 
-def _pool(block_bytes: int) -> KvPool:
-    return KvPool(layout_of(block_bytes), POOL_BYTES // block_bytes, torch.device("cpu"))
+def _pool(block_bytes: int) -> StoreMemory:
+    return StoreMemory(layout_of(block_bytes), POOL_BYTES // block_bytes)
 
 
 class _Places:

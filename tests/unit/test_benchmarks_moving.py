@@ -6,13 +6,12 @@ from benchmarks.moving.case import (
     POOL_BYTES,
     QUICK_BYTES,
     Case,
-    Figure,
     cases,
     layout_of,
     scattered,
 )
 from benchmarks.moving.comparison import best_of, overlap_table, rate_table, verdicts
-from benchmarks.moving.overlap import Overlap
+from benchmarks.moving.figure import Figure, Overlap
 
 
 def figure(way: str, gb_per_s: float, *, num_blocks: int = 512) -> Figure:
