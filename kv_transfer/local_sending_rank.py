@@ -12,7 +12,7 @@ from kv_transfer.blocks import HostBlocks, host_blocks, source_from
 from kv_transfer.config import Checksums, DataPlane, TransferConfig, address_from
 from kv_transfer.memory import KvMemory
 from kv_transfer.nixl_writer import NixlWriter
-from kv_transfer.offer import NixlOffer, ShmOffer, TcpOffer
+from kv_transfer.offer import WILDCARD_HOSTS, NixlOffer, ShmOffer, TcpOffer
 from kv_transfer.plane import KvWriter, WritePermit
 from kv_transfer.sending_rank import RankLink, Target
 from kv_transfer.shm import ShmWriter
@@ -21,8 +21,6 @@ from kv_transfer.tcp_writer import tcp_writer
 from kv_transfer.tls import client_context
 
 logger = logging.getLogger(__name__)
-
-_WILDCARD_HOSTS = {"0.0.0.0", "::"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,4 +209,4 @@ def _tcp_writer(offer: TcpOffer, target: Target, config: TransferConfig) -> KvWr
 
 def _reachable(host: str, target: Target) -> str:
     """The receiver's host, also where it listens on all addresses."""
-    return address_from(target.peer_address)[0] if host in _WILDCARD_HOSTS else host
+    return address_from(target.peer_address)[0] if host in WILDCARD_HOSTS else host

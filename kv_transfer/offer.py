@@ -1,12 +1,14 @@
 """What the two ends tell each other in a handshake, and how they are compared."""
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from engine.errors import LayoutMismatchError
 from engine.kv_cache.layout import KvLayout
 from kv_transfer.group_layout import GroupLayout
 
 PROTOCOL_VERSION = 4
+WILDCARD_HOSTS = frozenset({"0.0.0.0", "::"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,9 @@ class NixlOffer:
     port: int
 
 
+Located = TypeVar("Located", TcpOffer, NixlOffer)
+
+
 @dataclass(frozen=True, slots=True)
 class RankOffer:
     """The data planes of one receiving rank; None where it has none."""
@@ -43,6 +48,16 @@ class RankOffer:
     shm: ShmOffer | None
     tcp: TcpOffer | None
     nixl: NixlOffer | None = None
+
+    def at_host(self, host: str) -> "RankOffer":
+        """With `host` where a data plane listens on all addresses."""
+
+        def placed(offer: Located | None) -> Located | None:
+            if offer is None or offer.host not in WILDCARD_HOSTS:
+                return offer
+            return replace(offer, host=host)
+
+        return replace(self, tcp=placed(self.tcp), nixl=placed(self.nixl))
 
 
 @dataclass(frozen=True, slots=True)

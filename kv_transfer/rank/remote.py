@@ -11,6 +11,7 @@ from grpc import StatusCode, aio
 
 from engine.errors import DeadlineError, RankDeadError
 from kv_transfer import convert
+from kv_transfer.config import address_from
 from kv_transfer.offer import RankOffer
 from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.rank import convert as rank_convert
@@ -80,7 +81,8 @@ class RemoteRank:
         request = pb.StartReceivingRequest(epoch=epoch)
         timeout_s = self._timeout_s
         response = await self._call(lambda: self._stub.StartReceiving(request, timeout=timeout_s))
-        return convert.rank_offer_from(response)
+        # Others know rank 0's host, not this rank's.
+        return convert.rank_offer_from(response).at_host(address_from(self.address)[0])
 
     async def open(self, window: WriteWindow) -> None:
         request = rank_convert.window_to_pb(window)

@@ -8,6 +8,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from engine.parallel import ParallelLayout
 from tests.tools.helm import run_helm
 
 CHART = Path(__file__).parents[2] / "deploy" / "helm" / "isthmus"
@@ -50,7 +51,23 @@ SECRET_REDIS = (
     *("--set", "redis.existingSecret.key=url"),
 )
 STORE = ("--set", "store.enabled=true")
+GROUPS = ("--set", "prefill.parallel=ep=4", "--set-string", r"decode.parallel=tp=2\,pp=3")
 BARE = ("--set", "networkPolicy.enabled=false", "--set", "podDisruptionBudget.enabled=false")
+
+
+def known_to_kubernetes(one: Object) -> list[Object]:
+    """The object, or where it is of a resource that is installed later, the pods in it."""
+    if one["kind"] != "LeaderWorkerSet":
+        return [one]
+    group = one["spec"]["leaderWorkerTemplate"]
+    return [
+        {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": pod}
+        for name, pod in ranks_of(group)
+    ]
+
+
+def ranks_of(group: Object) -> list[tuple[str, Object]]:
+    return [(name, group[f"{name}Template"]) for name in ("leader", "worker")]
 
 
 def test_lint_finds_nothing() -> None:
@@ -60,15 +77,19 @@ def test_lint_finds_nothing() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [(), EVERYTHING, EXTERNAL_REDIS, SECRET_REDIS, BARE, STORE],
-    ids=["defaults", "everything", "external-redis", "secret-redis", "bare", "store"],
+    [(), EVERYTHING, EXTERNAL_REDIS, SECRET_REDIS, BARE, STORE, GROUPS, (*GROUPS, *EVERYTHING)],
+    ids=[
+        *("defaults", "everything", "external-redis", "secret-redis", "bare"),
+        *("store", "groups", "groups-everything"),
+    ],
 )
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
 def test_every_object_is_valid(flags, version) -> None:
     objects = rendered(*flags)
     assert len(objects) >= 4
     for one in objects:
-        kubernetes_validate.validate(one, version, strict=True)
+        for known in known_to_kubernetes(one):
+            kubernetes_validate.validate(known, version, strict=True)
 
 
 def test_pools_scale_on_their_own() -> None:
@@ -100,6 +121,50 @@ def test_a_pod_has_time_to_drain_and_says_over_grpc_whether_it_serves(role) -> N
     assert main["lifecycle"]["preStop"]["sleep"]["seconds"] > 0
     assert pod["securityContext"]["runAsNonRoot"]
     assert main["securityContext"]["readOnlyRootFilesystem"]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "size"),
+    [("tp=2", 2), (r"tp=2\,pp=3", 6), (r"tp=2\,ep=2", 2), ("ep=4", 4), (r"dp=2\,tp=2\,ep=4", 4)],
+)
+def test_a_worker_of_several_ranks_is_a_leader_worker_set(parallel, size) -> None:
+    objects = rendered("--set-string", f"decode.parallel={parallel}", "--set", "decode.replicas=3")
+    assert "mesh-isthmus-decode" not in named(objects, "Deployment")
+    spec = named(objects, "LeaderWorkerSet")["mesh-isthmus-decode"]["spec"]
+    group = spec["leaderWorkerTemplate"]
+    assert spec["replicas"] == 3
+    assert group["size"] == size == ParallelLayout.parse(parallel.replace("\\", "")).num_ranks
+    assert group["restartPolicy"] == "RecreateGroupOnPodRestart"
+    for name, pod in ranks_of(group):
+        (main,) = pod["spec"]["containers"]
+        values = {entry["name"]: entry.get("value") for entry in main["env"]}
+        assert f"--parallel={parallel}".replace("\\", "") in main["args"]
+        assert values["RANK"] == "$(LWS_WORKER_INDEX)"
+        assert values["WORLD_SIZE"] == "$(LWS_GROUP_SIZE)"
+        assert values["MASTER_ADDR"] == "$(LWS_LEADER_ADDRESS)"
+        assert values["MASTER_PORT"] == "29500"
+        # Only the leader answers; a follower's end is the leader's.
+        assert ("readinessProbe" in main) == (name == "leader")
+        assert ("annotations" in pod["metadata"]) == (name == "leader")
+
+
+def test_an_autoscaled_pool_of_groups_names_its_kind() -> None:
+    objects = rendered(*GROUPS, "--set", "decode.autoscaling.enabled=true")
+    assert "replicas" not in named(objects, "LeaderWorkerSet")["mesh-isthmus-decode"]["spec"]
+    scaler = named(objects, "HorizontalPodAutoscaler")["mesh-isthmus-decode"]
+    assert scaler["spec"]["scaleTargetRef"] == {
+        "apiVersion": "leaderworkerset.x-k8s.io/v1",
+        "kind": "LeaderWorkerSet",
+        "name": "mesh-isthmus-decode",
+    }
+
+
+def test_ranks_reach_each_other_on_any_port_and_strangers_on_none() -> None:
+    for role in ("prefill", "decode"):
+        policy = named(rendered(*GROUPS), "NetworkPolicy")[f"mesh-isthmus-{role}"]
+        from_mesh, from_all = policy["spec"]["ingress"]
+        assert "ports" not in from_mesh
+        assert from_all["ports"] == [{"port": "metrics", "protocol": "TCP"}]
 
 
 def test_a_gateway_without_workers_is_not_restarted() -> None:
@@ -143,6 +208,8 @@ def test_selectors_match_their_pods_and_no_others() -> None:
         (("--set", "decode.replicas=0"), "replicas"),
         (("--set", "model.dtype=int4"), "dtype"),
         (("--set", "store.memoryBytes=4Gi"), "memoryBytes"),
+        (("--set", "decode.parallel=tp2"), "parallel"),
+        (("--set", "prefill.parallel=xp=2"), "parallel"),
         (("--set", "telemetry.otlpEndpoint=jaeger:4317"), "otlpEndpoint"),
         (("--set", "redis.enabled=false"), "set redis.url or redis.existingSecret"),
     ],

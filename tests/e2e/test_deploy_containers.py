@@ -8,9 +8,10 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import urllib.request
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import yaml
 
 from tests.checkpoints import tiny_checkpoint
-from tests.e2e.test_deploy_chart import container, named, rendered
+from tests.e2e.test_deploy_chart import container, named, ranks_of, rendered
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ROLES = ("gateway", "prefill", "decode", "store")
@@ -37,23 +38,50 @@ def compose_commands() -> dict[str, tuple[list[str], dict[str, str]]]:
     return {role: (services[role]["command"], services[role]["environment"]) for role in ROLES}
 
 
-def chart_commands(redis_url: str) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """Arguments with $(NAME) replaced as the kubelet does."""
+def chart_commands(redis_url: str, *flags: str) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Of each pod: `role`, or `role-follower` for a rank that does not serve."""
     redis = ("--set", "redis.enabled=false", "--set", f"redis.url={redis_url}")
-    objects = rendered(*redis, "--set", "store.enabled=true")
-    deployments = named(objects, "Deployment")
+    objects = rendered(*redis, "--set", "store.enabled=true", *flags)
+    deployments, groups = named(objects, "Deployment"), named(objects, "LeaderWorkerSet")
     commands = {}
     for role in ROLES:
-        main = container(deployments[f"mesh-isthmus-{role}"])
-        assert "command" not in main, "the image's entry point runs"
-        environment = {"POD_IP": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        environment |= {entry["name"]: entry["value"] for entry in main["env"] if "value" in entry}
-        arguments = [
-            re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], argument)  # noqa: B023
-            for argument in main["args"]
-        ]
-        commands[role] = (arguments, environment)
+        name = f"mesh-isthmus-{role}"
+        if name in deployments:
+            commands[role] = expanded(container(deployments[name]), {})
+            continue
+        group = groups[name]["spec"]["leaderWorkerTemplate"]
+        port = str(free_port())  # here all pods have one address
+        for rank, (_, pod) in enumerate(ranks_of(group)):
+            given = {
+                "LWS_WORKER_INDEX": str(rank),
+                "LWS_GROUP_SIZE": str(group["size"]),
+                "LWS_LEADER_ADDRESS": "127.0.0.1",
+            }
+            arguments, environment = expanded(pod["spec"]["containers"][0], given)
+            commands[f"{role}-follower" if rank else role] = (
+                arguments,
+                {**environment, "MASTER_PORT": port},
+            )
     return commands
+
+
+def expanded(main: dict[str, Any], given: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment with $(NAME) replaced as the kubelet does."""
+    assert "command" not in main, "the image's entry point runs"
+    environment = {"POD_IP": "127.0.0.1", "OMP_NUM_THREADS": "1", **given}
+
+    def with_values(text: str) -> str:
+        return re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], text)
+
+    for entry in main["env"]:
+        if "value" in entry:
+            environment[entry["name"]] = with_values(entry["value"])
+    return [with_values(argument) for argument in main["args"]], environment
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 def overrides(role: str, model: Path, redis_url: str, ready_file: Path) -> list[str]:
@@ -68,25 +96,27 @@ def overrides(role: str, model: Path, redis_url: str, ready_file: Path) -> list[
 
 @asynccontextmanager
 async def local_processes(commands, *, model, redis_url, folder):
-    """Run `isthmus COMMAND` for each role; yield their addresses once all are ready."""
+    """Run `isthmus COMMAND` for each pod; yield their addresses once all are ready."""
     async with AsyncExitStack() as stack:
         processes = {}
-        for role, (command, environment) in commands.items():
-            output = stack.enter_context((folder / f"{role}.log").open("wb"))
-            processes[role] = await asyncio.create_subprocess_exec(
+        for name, (command, environment) in commands.items():
+            role = name.partition("-")[0]
+            output = stack.enter_context((folder / f"{name}.log").open("wb"))
+            processes[name] = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "deploy.cli", *command),
                 *overrides(role, model, redis_url, folder / f"{role}.json"),
                 env={**os.environ, **environment, "OTEL_EXPORTER_OTLP_ENDPOINT": ""},
                 stdout=output,
                 stderr=output,
             )
-            stack.push_async_callback(reaped, processes[role])
+            stack.push_async_callback(reaped, processes[name])
         async with asyncio.timeout(READY_TIMEOUT_S):
-            addresses = {role: await addresses_of(role, p, folder) for role, p in processes.items()}
+            addresses = {role: await addresses_of(role, processes[role], folder) for role in ROLES}
         yield addresses
-        for role, process in processes.items():
-            process.terminate()
-            assert await process.wait() == 0, (folder / f"{role}.log").read_text()
+        for name, process in processes.items():
+            with suppress(ProcessLookupError):  # a follower ends with its leader
+                process.terminate()
+            assert await process.wait() == 0, (folder / f"{name}.log").read_text()
 
 
 async def reaped(process: asyncio.subprocess.Process) -> None:
@@ -143,12 +173,17 @@ async def until_healthy(http: str) -> None:
             await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize("source", ["compose", "chart"])
+@pytest.mark.parametrize("source", ["compose", "chart", "chart-groups"])
 async def test_the_containers_commands_make_a_mesh_that_answers(
     tmp_path, redis_url, source
 ) -> None:
     model = tiny_checkpoint(tmp_path / "models")
-    commands = compose_commands() if source == "compose" else chart_commands(redis_url)
+    groups = ("--set", "prefill.parallel=pp=2", "--set", "decode.parallel=tp=2")
+    commands = {
+        "compose": compose_commands,
+        "chart": lambda: chart_commands(redis_url),
+        "chart-groups": lambda: chart_commands(redis_url, *groups),
+    }[source]()
     async with local_processes(
         commands, model=model, redis_url=redis_url, folder=tmp_path
     ) as addresses:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -26,6 +27,7 @@ from engine.errors import (
     RankDeadError,
 )
 from engine.kv_cache.layout import KvLayout
+from kv_transfer.config import TransferConfig
 from kv_transfer.handover import Handover, TokenShard
 from kv_transfer.offer import RankOffer, TcpOffer
 from kv_transfer.plane import WritePermit, WriteWindow
@@ -207,11 +209,13 @@ async def test_a_sending_rank_that_is_stopped_holds_up_the_end_no_longer_than_a_
 
 
 @asynccontextmanager
-async def a_rank() -> AsyncIterator[tuple[KvRankServicer, RemoteRank, Any]]:
+async def a_rank(
+    config: TransferConfig = FAST,
+) -> AsyncIterator[tuple[KvRankServicer, RemoteRank, Any]]:
     """A served rank with TINY_LAYOUT: its servicer, rank 0's handle, and a bare stub."""
     async with AsyncExitStack() as stack:
         memory = stack.enter_context(HostMemory())
-        servicer = KvRankServicer(memory, FAST)
+        servicer = KvRankServicer(memory, config)
         stack.push_async_callback(servicer.close)
 
         def add(server: aio.Server) -> None:
@@ -383,6 +387,13 @@ async def test_a_rank_serves_one_epoch() -> None:
         assert await remote.start(7) == offer
         with pytest.raises(InvalidRequestError, match="serves epoch 7, not 8"):
             await remote.start(8)
+
+
+async def test_a_rank_that_listens_everywhere_is_found_at_its_own_host_not_at_rank_0s() -> None:
+    async with a_rank(replace(FAST, data_address="0.0.0.0:0")) as (_, remote, _):
+        offer = await remote.start(7)
+        assert offer.tcp is not None
+        assert offer.tcp.host == "127.0.0.1"
 
 
 async def test_a_window_that_comes_after_its_fence_stays_shut() -> None:

@@ -72,15 +72,34 @@ livenessProbe:
   failureThreshold: 6
 {{- end -}}
 
-{{/* Pod template of one role. Arguments: root, component, pool (its values), args, ports. */}}
+{{/* How many ranks a layout such as "tp=2,pp=2" has; 1 for none. As ParallelLayout.parse counts. */}}
+{{- define "isthmus.numRanks" -}}
+{{- $sizes := dict "tp" 1 "pp" 1 "sp" 1 "dp" 1 "ep" 1 -}}
+{{- range $part := compact (splitList "," .) -}}
+  {{- $pair := splitList "=" $part -}}
+  {{- $_ := set $sizes (first $pair) (atoi (last $pair)) -}}
+{{- end -}}
+{{- $inside := mul $sizes.tp $sizes.sp -}}
+{{- if and (not (contains "dp=" .)) (gt (int $sizes.ep) (int $inside)) -}}
+  {{- $_ := set $sizes "dp" (div $sizes.ep $inside) -}}
+{{- end -}}
+{{- mul $inside $sizes.pp $sizes.dp -}}
+{{- end -}}
+
+{{/*
+Pod template of one role. Arguments: root, component, pool (its values), args, ports; and of a group
+of ranks rank: "leader", which serves, or "follower".
+*/}}
 {{- define "isthmus.pod" -}}
 {{- $values := .root.Values -}}
 metadata:
   labels:
     {{- include "isthmus.labels" . | nindent 4 }}
+  {{- if ne .rank "follower" }}
   annotations:
     prometheus.io/scrape: "true"
     prometheus.io/port: {{ .metricsPort | quote }}
+  {{- end }}
 spec:
   automountServiceAccountToken: false
   enableServiceLinks: false
@@ -103,6 +122,13 @@ spec:
         - name: OMP_NUM_THREADS
           valueFrom:
             resourceFieldRef: {containerName: {{ .component }}, resource: limits.cpu}
+        {{- if .rank }}
+        # LeaderWorkerSet puts its variables before these.
+        - {name: RANK, value: $(LWS_WORKER_INDEX)}
+        - {name: WORLD_SIZE, value: $(LWS_GROUP_SIZE)}
+        - {name: MASTER_ADDR, value: $(LWS_LEADER_ADDRESS)}
+        - {name: MASTER_PORT, value: "29500"}
+        {{- end }}
         {{- include "isthmus.redisEnv" .root | nindent 8 }}
         {{- with $values.telemetry.otlpEndpoint }}
         - name: OTEL_EXPORTER_OTLP_ENDPOINT
@@ -116,7 +142,9 @@ spec:
         - name: {{ $name }}
           containerPort: {{ $port }}
         {{- end }}
+      {{- if ne .rank "follower" }}
       {{- include "isthmus.probes" . | nindent 6 }}
+      {{- end }}
       lifecycle:
         preStop:
           sleep: {seconds: {{ .pool.preStopSeconds }}}
@@ -157,9 +185,38 @@ spec:
   {{- end }}
 {{- end -}}
 
-{{/* Deployment, autoscaler and disruption budget of one role; arguments as for isthmus.pod. */}}
+{{/*
+Deployment, or LeaderWorkerSet where a worker has several ranks, autoscaler and disruption budget of
+one role; arguments as for isthmus.pod.
+*/}}
 {{- define "isthmus.pool" -}}
 {{- $name := printf "%s-%s" (include "isthmus.fullname" .root) .component -}}
+{{- $numRanks := include "isthmus.numRanks" (.pool.parallel | default "") | atoi -}}
+{{- $target := dict "apiVersion" "apps/v1" "kind" "Deployment" "name" $name -}}
+{{- if gt $numRanks 1 -}}
+{{- $target = dict "apiVersion" "leaderworkerset.x-k8s.io/v1" "kind" "LeaderWorkerSet" "name" $name -}}
+apiVersion: {{ $target.apiVersion }}
+kind: {{ $target.kind }}
+metadata:
+  name: {{ $name }}
+  labels:
+    {{- include "isthmus.labels" . | nindent 4 }}
+spec:
+  {{- if not .pool.autoscaling.enabled }}
+  replicas: {{ .pool.replicas }}
+  {{- end }}
+  rolloutStrategy:
+    type: RollingUpdate
+    rollingUpdateConfiguration: {maxUnavailable: 0, maxSurge: 1}
+  leaderWorkerTemplate:
+    size: {{ $numRanks }}
+    # The ranks of a worker end together, and all must be new.
+    restartPolicy: RecreateGroupOnPodRestart
+    leaderTemplate:
+      {{- include "isthmus.pod" (merge (dict "rank" "leader") .) | nindent 6 }}
+    workerTemplate:
+      {{- include "isthmus.pod" (merge (dict "rank" "follower") .) | nindent 6 }}
+{{- else -}}
 apiVersion: apps/v1
 kind: Deployment
 metadata:
@@ -176,7 +233,8 @@ spec:
     matchLabels:
       {{- include "isthmus.selector" . | nindent 6 }}
   template:
-    {{- include "isthmus.pod" . | nindent 4 }}
+    {{- include "isthmus.pod" (merge (dict "rank" "") .) | nindent 4 }}
+{{- end }}
 {{- if (.pool.autoscaling).enabled }}
 ---
 apiVersion: autoscaling/v2
@@ -186,7 +244,7 @@ metadata:
   labels:
     {{- include "isthmus.labels" . | nindent 4 }}
 spec:
-  scaleTargetRef: {apiVersion: apps/v1, kind: Deployment, name: {{ $name }}}
+  scaleTargetRef: {{- toYaml $target | nindent 4 }}
   minReplicas: {{ .pool.autoscaling.minReplicas }}
   maxReplicas: {{ .pool.autoscaling.maxReplicas }}
   metrics:

@@ -13,6 +13,9 @@
   (printf "--device=%s" .root.Values.model.device)
   (printf "--drain-grace-s=%v" .pool.drainSeconds)
 -}}
+{{- with .pool.parallel -}}
+  {{- $args = append $args (printf "--parallel=%s" .) -}}
+{{- end -}}
 {{- $ports := dict "grpc" 50051 "metrics" 9100 "data" 50052 -}}
 {{ include "isthmus.pool" (dict
   "root" .root "component" .role "pool" .pool "args" $args
