@@ -138,4 +138,9 @@ async def follow(follower: Follower) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, logger.info, "rank %d ends with rank 0", follower.rank)
     threading.Thread(target=run, name="engine", daemon=True).start()
-    await ended
+    try:
+        await ended
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):  # not even while the process ends
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
