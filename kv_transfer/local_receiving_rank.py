@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from engine.errors import PeerUnavailableError
 from kv_transfer import nixl_agent
 from kv_transfer.config import DataPlane, TransferConfig, address_from, join_address
 from kv_transfer.memory import KvMemory
@@ -13,6 +15,8 @@ from kv_transfer.offer import RankOffer
 from kv_transfer.plane import KvIntake, WriteWindow
 from kv_transfer.shm import ShmIntake
 from kv_transfer.tcp_intake import TcpIntake
+
+logger = logging.getLogger(__name__)
 
 FORCE_AFTER_S = 0.5
 """A writer in the middle of a slice gets this long before it is cut off."""
@@ -48,7 +52,12 @@ class LocalReceivingRank:
             if wanted in (DataPlane.AUTO, DataPlane.TCP):
                 self.tcp = TcpIntake(self._memory, epoch=epoch, config=self._config)
             if wanted is DataPlane.NIXL or (wanted is DataPlane.AUTO and self._may_use_nixl()):
-                self.nixl = await asyncio.to_thread(self._open_nixl, epoch)
+                try:
+                    self.nixl = await asyncio.to_thread(self._open_nixl, epoch)
+                except PeerUnavailableError as error:
+                    if wanted is DataPlane.NIXL:
+                        raise
+                    logger.warning("nixl is not offered: %s", error)
             if not self._planes:
                 raise ValueError("data_plane is shm but the KV pool is not in shared memory")
             undo.pop_all()

@@ -79,6 +79,18 @@ async def test_it_is_not_offered_of_itself_where_no_card_needs_it(monkeypatch) -
     assert (offer.nixl, offer.shm is None, offer.tcp is None) == (None, False, False)
 
 
+async def test_a_card_that_it_cannot_use_leaves_the_others(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(nixl_agent, "has_rdma", lambda: True)
+    monkeypatch.setattr(nixl_agent, "is_installed", lambda: True)
+    without_nixl(monkeypatch)
+    with HostMemory() as memory:
+        rank = LocalReceivingRank(memory, TransferConfig())
+        offer = await rank.start(epoch=1)
+        await rank.stop()
+    assert (offer.nixl, offer.tcp is None) == (None, False)
+    assert "nixl is not offered" in caplog.text
+
+
 @needs_nixl
 async def test_it_is_chosen_between_hosts_with_a_card_for_it(monkeypatch) -> None:
     monkeypatch.setattr(nixl_agent, "has_rdma", lambda: True)
