@@ -14,6 +14,7 @@ from kv_transfer.memory import KvMemory
 from kv_transfer.nixl_writer import NixlWriter
 from kv_transfer.offer import WILDCARD_HOSTS, NixlOffer, ShmOffer, TcpOffer
 from kv_transfer.plane import KvWriter, WritePermit
+from kv_transfer.reshard import of_layers
 from kv_transfer.sending_rank import RankLink, Target
 from kv_transfer.shm import ShmWriter
 from kv_transfer.slot_ranges import SlotRange
@@ -107,20 +108,26 @@ class LocalLink:
         ]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-write")
 
-    def write(self, permit: WritePermit, parts: Sequence[SlotRange]) -> asyncio.Future[int]:
-        return asyncio.get_running_loop().run_in_executor(self._thread, self._write, permit, parts)
+    def write(
+        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None = None
+    ) -> asyncio.Future[int]:
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._thread, self._write, permit, parts, layers)
 
     def close(self) -> None:
         # The thread has nothing left to do: closing is its last job, so no one waits.
         self._thread.submit(self._close)
         self._thread.shutdown(wait=False)
 
-    def _write(self, permit: WritePermit, parts: Sequence[SlotRange]) -> int:
+    def _write(self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None) -> int:
         permit.check()
         source = source_from(self._memory, self._host, parts)
-        return sum(
-            writer.write(permit, source, parts, transfers) for writer, transfers in self._writers
-        )
+        num_bytes = 0
+        for writer, transfers in self._writers:
+            wanted = transfers if layers is None else of_layers(transfers, layers)
+            if wanted:
+                num_bytes += writer.write(permit, source, parts, wanted)
+        return num_bytes
 
     def _close(self) -> None:
         for writer, _ in self._writers:

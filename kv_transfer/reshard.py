@@ -6,7 +6,7 @@ workers; tokens are cut to blocks at each push (`blocks.slot_ranges`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.kv_cache.layout import KvLayout
 from kv_transfer.balance import Job, share
@@ -165,3 +165,22 @@ def _cut(first: int, num_cells: int, num_heads: int) -> Iterator[tuple[int, int,
             count = min(num_heads - head, end - first)
             yield layer, 1, head, count
             first += count
+
+
+def of_layers(transfers: Sequence[Transfer], layers: range) -> list[Transfer]:
+    """What of `transfers` has these layers of the sender's pool."""
+    some = []
+    for transfer in transfers:
+        source, target = transfer.source, transfer.target
+        first = max(source.first_layer, layers.start)
+        num_layers = min(source.first_layer + source.num_layers, layers.stop) - first
+        if num_layers > 0:
+            target_first = target.first_layer + first - source.first_layer
+            some.append(
+                replace(
+                    transfer,
+                    source=replace(source, first_layer=first, num_layers=num_layers),
+                    target=replace(target, first_layer=target_first, num_layers=num_layers),
+                )
+            )
+    return some

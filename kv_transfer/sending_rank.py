@@ -35,8 +35,12 @@ class RankLink(Protocol):
     fallback_reasons: Sequence[str]
     """Why a faster data plane does not work; one for each target where that is so."""
 
-    def write(self, permit: WritePermit, parts: Sequence[SlotRange]) -> asyncio.Future[int]:
+    def write(
+        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None = None
+    ) -> asyncio.Future[int]:
         """Write `parts` to every target, after what was asked for before; the payload bytes.
+
+        Only some of this rank's layers, where `layers` says so.
 
         The future ends when nothing more is written, and is not cancelled. It raises what
         `KvWriter.write` raises, and RankDeadError when the rank's process is gone.

@@ -58,6 +58,8 @@ class KvComputedEvent:
     """All blocks of the sequence so far, in order; they stay until the request is released."""
     first_token: int
     num_tokens: int
+    num_layers: int | None = None
+    """Of the first layers only, while the step goes on; an event of all layers (None) follows."""
 
 
 @dataclass(frozen=True, slots=True)

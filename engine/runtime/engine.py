@@ -133,6 +133,9 @@ class StepEngine(Protocol):
         on while no step runs: another rank's process is gone.
         """
 
+    def report_to(self, deliver: Callable[[list[EngineOutput]], None]) -> None:
+        """Called before `prepare`; `deliver` gets outputs of steps that are still computed."""
+
     def close(self) -> None:
         """Free what it holds; nothing is called afterwards."""
 
@@ -167,6 +170,12 @@ class PlanExecutor(Protocol):
 
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """As `StepEngine.watch`."""
+
+    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
+        """Have `on_layers(plan, num_layers)` called in `begin`, as first layers are computed.
+
+        Where it can tell: one rank in host memory. Not after each layer of small plans.
+        """
 
     def close(self) -> None:
         """Free what it holds."""
@@ -261,6 +270,13 @@ class Engine(Generic[Executor]):
 
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         self.executor.watch(on_failure)
+
+    def report_to(self, deliver: Callable[[list[EngineOutput]], None]) -> None:
+        def on_layers(plan: StepPlan, num_layers: int) -> None:
+            if events := self.scheduler.announce_layers(plan, num_layers):
+                deliver([*events])
+
+        self.executor.watch_layers(on_layers)
 
     def close(self) -> None:
         self._cores.close()

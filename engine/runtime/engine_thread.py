@@ -87,6 +87,7 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self._ready = self._loop.create_future()
         self._engine.watch(self._commands.put)
+        self._engine.report_to(lambda outputs: self._post(self._deliver, outputs))
         self._thread.start()
         await self._ready
         return self

@@ -101,6 +101,9 @@ class GroupRunner:
 
         self._followers.start_watching(fail)
 
+    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
+        """Nothing: the other ranks end their layers at other times."""
+
     def close(self) -> None:
         self._followers.close()
         self._local.runner.close()

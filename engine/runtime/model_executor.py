@@ -55,6 +55,9 @@ class ModelExecutor:
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         self.runner.watch(on_failure)
 
+    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
+        self.runner.watch_layers(on_layers)
+
     def close(self) -> None:
         self.runner.close()
 

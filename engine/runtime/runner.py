@@ -6,6 +6,7 @@ V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import torch
 
 from engine.kv_cache.batch import SequenceSplit, StepBatch
 from engine.kv_cache.pool import KvPool
+from engine.kv_cache.watched_layers import WatchedLayers
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import AxisGroup
 from engine.runtime.rank_message import ExpertTokens
@@ -24,6 +26,10 @@ from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 _Table = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 _Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 _WIDTH_STEP = 8  # block tables grow by so many columns, so that their shapes repeat
+
+
+NEWS_BYTES = 1 << 20
+"""KV that a step has computed before others hear of it: less is not worth a message."""
 
 
 class StepRunner(Protocol):
@@ -61,6 +67,9 @@ class StepRunner(Protocol):
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """Have `on_failure` called, on any thread, if it becomes unable to go on between steps."""
 
+    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
+        """As `PlanExecutor.watch_layers`."""
+
     def close(self) -> None:
         """Free what it holds."""
 
@@ -87,10 +96,11 @@ class ModelRunner:
         self._device = device
         self._pipeline = pipeline or AxisGroup()
         self._begun: torch.Tensor | None = None
+        self._on_layers: Callable[[StepPlan, int], None] | None = None
 
     def begin(self, plan: StepPlan, num_threads: int) -> None:
         """Compute a plan on a worker of one rank."""
-        self._begun = self.run((plan,), 1, num_threads)
+        self._begun = self.run((plan,), 1, num_threads, self._watched(plan))
 
     def finish(self) -> torch.Tensor:
         assert self._begun is not None, "nothing has begun"
@@ -98,7 +108,13 @@ class ModelRunner:
         return logits_BV
 
     @torch.inference_mode()
-    def run(self, plans: Sequence[StepPlan], num_passes: int, num_threads: int) -> torch.Tensor:
+    def run(
+        self,
+        plans: Sequence[StepPlan],
+        num_passes: int,
+        num_threads: int,
+        watched: WatchedLayers | None = None,
+    ) -> torch.Tensor:
         """Compute micro-batches on this stage; returns logits_BV, float32, a row a drawing chunk.
 
         On CUDA the result is still being computed when this returns. Stages before the last one
@@ -110,6 +126,7 @@ class ModelRunner:
             num_passes: micro-batches of the data shard with the most. While this one has none, it
                 takes part in the experts' exchange. Sends and receives come in `pass_order`.
             num_threads: see `begin`.
+            watched: the pool's layers, where somebody wants to know how far a single pass is.
         """
         pipeline, sequence, num_ranges = self._pipeline, self.model.sequence, self.model.num_ranges
         batches: dict[int, tuple[StepPlan, StepBatch]] = {}
@@ -124,7 +141,10 @@ class ModelRunner:
             is_first = self.model.is_first_stage and range_index == 0
             is_last = self.model.is_last_stage and range_index == num_ranges - 1
             residual_TD = None if is_first else self._received(len(batch.token_T))
-            hidden_TD = self.model.forward(batch, self.pool, residual_TD, range_index)
+            layers = watched or self.pool
+            hidden_TD = self.model.forward(batch, layers, residual_TD, range_index)
+            if watched is not None:
+                watched.end()
             if not is_last:
                 pipeline.send(hidden_TD, (pipeline.rank + 1) % pipeline.size)
             elif sequence.rank == 0 and any(chunk.is_drawing for chunk in plan.chunks):
@@ -135,6 +155,17 @@ class ModelRunner:
         if not logits:
             return torch.empty((0, 0), dtype=torch.float32, device=self._device)
         return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _watched(self, plan: StepPlan) -> WatchedLayers | None:
+        """The pool's layers, if news of them come in time to be of use."""
+        on_layers = self._on_layers
+        if on_layers is None or self._device.type != "cpu":
+            return None
+        layout = self.pool.layout
+        interval = -(-NEWS_BYTES * layout.num_layers // (plan.num_tokens * layout.bytes_per_token))
+        if interval >= layout.num_layers:
+            return None
+        return WatchedLayers(self.pool, interval, layout.num_layers, partial(on_layers, plan))
 
     def _batch(self, plan: StepPlan, num_threads: int) -> tuple[StepPlan, StepBatch]:
         """This rank's share of a plan, packed."""
@@ -174,6 +205,9 @@ class ModelRunner:
 
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """Nothing happens between steps."""
+
+    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
+        self._on_layers = on_layers
 
     def close(self) -> None:
         self.pool.close()

@@ -557,6 +557,21 @@ class Scheduler:
             self.block_pool.register(sequence.block_ids[index], hashes[index])
         sequence.num_registered_blocks = num_full
 
+    def announce_layers(self, plan: StepPlan, num_layers: int) -> list[KvComputedEvent]:
+        """The first layers of a plan's chunks are computed; for those whose KV is handed over."""
+        events = []
+        for chunk in plan.chunks:
+            sequence = self._sequences[chunk.request_id]
+            if sequence.mode is SequenceMode.PREFILL:
+                first = sequence.num_announced_tokens
+                num_tokens = chunk.first_position + len(chunk.token_ids) - first
+                events.append(
+                    KvComputedEvent(
+                        chunk.request_id, tuple(sequence.block_ids), first, num_tokens, num_layers
+                    )
+                )
+        return events
+
     def _announce(self, sequence: Sequence) -> KvComputedEvent:
         first = sequence.num_announced_tokens
         sequence.num_announced_tokens = sequence.num_computed_tokens

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from engine.request import Request
-from engine.runtime.commands import EngineEvent, Reservation, SequenceMode
+from engine.runtime.commands import EngineEvent, KvComputedEvent, Reservation, SequenceMode
 from engine.scheduling.block_hash import block_hashes
 from engine.scheduling.data_shard import plans_by_shard
 from engine.scheduling.limits import EngineLimits
@@ -156,6 +156,10 @@ class ShardedScheduler:
         planned = [shard.schedule(max_num_batched_tokens, now_ns) for shard in self.shards]
         chunks = tuple(chunk for plan, _ in planned for chunk in plan.chunks)
         return StepPlan(chunks), [each for _, granted in planned for each in granted]
+
+    def announce_layers(self, plan: StepPlan, num_layers: int) -> list[KvComputedEvent]:
+        """Nothing: workers of several ranks announce whole steps."""
+        return []
 
     def commit(self, plan: StepPlan, drawn: Seq[DrawnToken], now_ns: int) -> list[EngineEvent]:
         events: list[EngineEvent] = []

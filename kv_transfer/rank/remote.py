@@ -216,7 +216,10 @@ class RemoteLink:
         self._rank = rank
         self._link_id = opened.link_id
 
-    def write(self, permit: WritePermit, parts: Sequence[SlotRange]) -> asyncio.Future[int]:
+    def write(
+        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None = None
+    ) -> asyncio.Future[int]:
+        assert layers is None, "a worker of several ranks pushes all layers at once"
         # Held and waited for by the handover, which is why no task group holds it here.
         return asyncio.ensure_future(self._rank.write(self._link_id, permit, parts))
 

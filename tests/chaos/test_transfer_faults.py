@@ -100,7 +100,10 @@ def degradations(mesh: SmallMesh) -> Counter[tuple[str, str]]:
     return found
 
 
-async def test_transfers_that_are_cut_stalled_or_damaged_change_no_token(checkpoint: Path) -> None:
+async def test_transfers_that_are_cut_stalled_or_damaged_change_no_token(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.runtime.runner.NEWS_BYTES", 1 << 14)  # some go layer by layer
     prompts = prompts_of(NUM_FAULTY_REQUESTS, (20, 90), seed=1)
     expected = answers_of_one_engine(checkpoint, prompts)
     async with asyncio.TaskGroup() as tasks:

@@ -410,6 +410,35 @@ async def test_pushes_continue_where_the_last_one_ended() -> None:
             await handover.commit(1)
 
 
+@pytest.mark.parametrize("plane", ["shm", "tcp"])
+async def test_layers_are_pushed_as_they_are_computed(plane: str) -> None:
+    async with kv_pair(plane) as pair:
+        before = pair.remote.blocks().copy()
+        async with handover_of(pair) as handover:
+            blocks = list(handover.block_ids)
+            await handover.push(BLOCKS, 0, 5, num_layers=1)
+            first_layer = pair.remote.blocks()[blocks, 0], pair.local.blocks()[BLOCKS, 0]
+            np.testing.assert_array_equal(*(side[0] for side in first_layer))
+            np.testing.assert_array_equal(pair.remote.blocks()[blocks, 1:], before[blocks, 1:])
+            with pytest.raises(ValueError, match="up to 6 before all layers up to 5"):
+                await handover.push(BLOCKS, 0, 6)
+            await handover.push(BLOCKS, 0, 5, num_layers=1)  # repeated: nothing is sent
+            assert handover.report.num_bytes == 5 * TINY_LAYOUT.bytes_per_token / 3
+            assert handover.report.num_tokens == 0
+            await handover.push(BLOCKS, 0, 5, num_layers=3)
+            await handover.push(BLOCKS, 0, 5)
+            assert handover.report.num_tokens == 5
+            await handover.push(BLOCKS, 5, 8, num_layers=2)
+            with pytest.raises(ValueError, match="commit at token 5 of 13"):
+                await handover.commit(7)
+            await handover.push(BLOCKS, 5, 8)
+            await handover.commit(7)
+        assert handover.report.num_bytes == 13 * TINY_LAYOUT.bytes_per_token
+        np.testing.assert_array_equal(
+            pair.remote.tokens(handover.block_ids, 0, 13), pair.local.tokens(BLOCKS, 0, 13)
+        )
+
+
 async def test_commit_and_release_may_be_repeated() -> None:
     async with kv_pair() as pair, open_channel(pair.address) as channel:
         stub = pb_grpc.KvTransferServiceStub(channel)

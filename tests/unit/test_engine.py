@@ -1,6 +1,7 @@
 """A whole engine on small random checkpoints: however the work is cut, the tokens are the same."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,15 @@ from engine.config import EngineConfig
 from engine.errors import CheckpointError
 from engine.kv_cache.pool_plan import KvPoolTooSmallError
 from engine.request import FinishReason, Request, SamplingParams
+from engine.runtime import runner
 from engine.runtime.build import ModelEngine, build_engine
-from engine.runtime.commands import ErrorEvent, Reservation, SequenceMode, TokenEvent
+from engine.runtime.commands import (
+    ErrorEvent,
+    KvComputedEvent,
+    Reservation,
+    SequenceMode,
+    TokenEvent,
+)
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine import CommitReservation, PrefixEnded, Reply, Reserve, Submit
 from engine.scheduling.block_hash import block_hashes
@@ -259,3 +267,40 @@ def test_cuda_engine_draws_the_same_tokens_as_the_cpu(make_engine, alone):
     engine = make_engine(device="cuda", kv_pool_bytes=1 << 24)
     tokens = run(engine, [make_request(str(i), prompt) for i, prompt in enumerate(PROMPTS)])
     assert [tokens[str(i)] for i in range(16)] == alone
+
+
+def test_layers_of_a_prompt_are_announced_while_its_step_goes_on(make_engine, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "NEWS_BYTES", 1)
+    engine = make_engine()
+    seen: list[tuple[KvComputedEvent, torch.Tensor]] = []
+
+    def report(outputs) -> None:
+        for event in outputs:
+            layers = [engine.runner.pool.layer(index) for index in range(event.num_layers)]
+            blocks = list(event.block_ids)
+            seen.append((event, torch.stack([kv_PJGCA[blocks] for kv_PJGCA in layers]).clone()))
+
+    engine.report_to(report)
+    (prompt,) = make_prompts([40])
+    engine.apply(0, Submit(make_request("r", prompt), PREFILL))
+    engine.apply(1, Submit(make_request("s", prompt[::-1]), LOCAL))
+    outputs = engine.step()
+    assert outputs is not None
+    (whole,) = (output for output in outputs if isinstance(output, KvComputedEvent))
+    assert (whole.first_token, whole.num_tokens, whole.num_layers) == (0, 40, None)
+    assert [event.num_layers for event, _ in seen] == [1, 2, 3]
+    for event, kv_LPJGCA in seen:
+        assert replace(event, num_layers=None) == whole
+        for index, kv_PJGCA in enumerate(kv_LPJGCA):
+            now_PJGCA = engine.runner.pool.layer(index)[list(whole.block_ids)]
+            assert torch.equal(kv_PJGCA, now_PJGCA), "announced before it was written"
+
+
+def test_little_kv_is_announced_with_its_step(make_engine) -> None:
+    engine = make_engine()
+    seen: list[object] = []
+    engine.report_to(seen.extend)
+    (prompt,) = make_prompts([40])
+    engine.apply(0, Submit(make_request("r", prompt), PREFILL))
+    assert engine.step() is not None
+    assert seen == []

@@ -74,7 +74,9 @@ def a_fence_that_does_not_wait_for_the_write_under_way(monkeypatch: pytest.Monke
 
 
 def a_push_that_does_not_wait_for_its_acknowledgement(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def write(self: Handover, link: RankLink, parts: Sequence[SlotRange]) -> int:
+    async def write(
+        self: Handover, link: RankLink, parts: Sequence[SlotRange], layers: range | None
+    ) -> int:
         writing = link.write(self._permit, parts)
         self._writes.add(writing)
         writing.add_done_callback(self._end_write)

@@ -82,6 +82,9 @@ class TagExecutor:
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """Cannot fail."""
 
+    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
+        """There is one layer only."""
+
     def close(self) -> None:
         """Holds nothing."""
 

@@ -101,7 +101,10 @@ class SimLink:
         self._chance: Chance = network.chance
         self._turn = asyncio.Lock()
 
-    def write(self, permit: WritePermit, parts: Sequence[SlotRange]) -> asyncio.Future[int]:
+    def write(
+        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None = None
+    ) -> asyncio.Future[int]:
+        assert layers is None
         return self._source.process.spawn(self._write(permit, parts))
 
     async def _write(self, permit: WritePermit, parts: Sequence[SlotRange]) -> int:
