@@ -80,7 +80,8 @@ def a_push_that_does_not_wait_for_its_acknowledgement(monkeypatch: pytest.Monkey
         writing = link.write(self._permit, parts)
         self._writes.add(writing)
         writing.add_done_callback(self._end_write)
-        return sum(part.num_slots for part in parts) * LAYOUT.bytes_per_token
+        num_layers = LAYOUT.num_layers if layers is None else len(layers)
+        return sum(part.num_slots for part in parts) * num_layers * LAYOUT.bytes_per_cell
 
     commit = Handover.commit
 

@@ -23,15 +23,16 @@ from tests.fakes.sim.network import Network, Process
 from tests.fakes.sim.watch import Watch
 
 BLOCK_SIZE_TOKENS = 4
+NUM_LAYERS = 2
 LAYOUT = KvLayout(
-    num_layers=1,
+    num_layers=NUM_LAYERS,
     num_kv_heads=1,
     head_dim=2,
     block_size_tokens=BLOCK_SIZE_TOKENS,
     dtype="bfloat16",
     num_parts=1,
 )
-"""A token's KV is four bytes: one tag."""
+"""A token's KV is four bytes in each layer: one tag."""
 CORES = CoreShare.alone(1)
 
 
@@ -51,7 +52,7 @@ class TagExecutor:
         self.max_num_plans = max_num_plans
         self._begun: deque[StepPlan] = deque()
         self.scheduler: Scheduler | None = None
-        self._tags_PC = memory.rows().view(np.uint32)
+        self._tags_PLC = memory.rows().view(np.uint32).reshape(-1, NUM_LAYERS, BLOCK_SIZE_TOKENS)
         self._watch = watch
         self._name = name
 
@@ -59,22 +60,30 @@ class TagExecutor:
         """Nothing to warm."""
 
     def begin(self, plan: StepPlan, num_threads: int) -> None:
+        """Computes the first layer, and says so."""
         self._begun.append(plan)
+        self._compute(plan, 0)
+        if self.max_num_plans == 1:  # as workers of one rank
+            self._on_layers(plan, 1)
 
     def finish(self, drawing: Sequence[EngineSequence]) -> list[DrawnToken]:
+        self._compute(self._begun.popleft(), 1)
+        return [DrawnToken(next_token(sequence.token_ids), None) for sequence in drawing]
+
+    def _compute(self, plan: StepPlan, layer: int) -> None:
         assert self.scheduler is not None
-        for chunk in self._begun.popleft().chunks:
-            tags = tags_of(self.scheduler.sequence(chunk.request_id).token_ids)
+        for chunk in plan.chunks:
+            token_ids = self.scheduler.sequence(chunk.request_id).token_ids
+            tags = [tag ^ layer for tag in tags_of(token_ids)]
             blocks = list(chunk.block_ids)
-            kv = self._tags_PC[blocks].reshape(-1)
+            kv = self._tags_PLC[blocks, layer].reshape(-1)
             first, end = chunk.first_position, chunk.first_position + len(chunk.token_ids)
             if kv[:first].tolist() != tags[:first]:
                 self._watch.violate(
                     f"{self._name} computes {chunk.request_id} from KV that is not its own"
                 )
             kv[first:end] = tags[first:end]
-            self._tags_PC[blocks] = kv.reshape(-1, BLOCK_SIZE_TOKENS)
-        return [DrawnToken(next_token(sequence.token_ids), None) for sequence in drawing]
+            self._tags_PLC[blocks, layer] = kv.reshape(-1, BLOCK_SIZE_TOKENS)
 
     def forget(self, request_id: str) -> None:
         """Remembers nothing."""
@@ -83,7 +92,7 @@ class TagExecutor:
         """Cannot fail."""
 
     def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
-        """There is one layer only."""
+        self._on_layers = on_layers
 
     def close(self) -> None:
         """Holds nothing."""
@@ -118,6 +127,7 @@ class SimEngine(EngineThread):
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        self._engine.report_to(self._send)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -146,13 +156,13 @@ class SimEngine(EngineThread):
             pass
         stepped = self._engine.step()
         if stepped is not None:
-            self._send(stepped)
+            self._send(stepped, step_s=self._chance.uniform(0.0, 0.02))
             self._wake()
         self._network.pulse()
 
-    def _send(self, outputs: Sequence[EngineOutput]) -> None:
+    def _send(self, outputs: Sequence[EngineOutput], step_s: float = 0.0) -> None:
         assert self._loop is not None
         if outputs:
-            ready_s = self._loop.time() + self._chance.uniform(0.0, 0.002)
+            ready_s = self._loop.time() + step_s + self._chance.uniform(0.0, 0.002)
             self._delivered_s = max(ready_s, self._delivered_s + 1e-6)
             self._loop.call_at(self._delivered_s, self._deliver, outputs)

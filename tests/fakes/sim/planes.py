@@ -20,12 +20,13 @@ from kv_transfer.frame import FrameError, FrameFlag, FrameHeader, PushStatus
 from kv_transfer.gate import Gate
 from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.receiver import KvReceiver
+from kv_transfer.reshard import Box, Transfer, of_layers
 from kv_transfer.sending_rank import RankLink, Target
 from kv_transfer.slot_ranges import SlotRange
 from kv_transfer.states import LeaseState
 from tests.fakes.kv_memory import HostMemory
 from tests.fakes.sim.chance import Chance, Fault
-from tests.fakes.sim.engine import BLOCK_SIZE_TOKENS, LAYOUT, SimEngine
+from tests.fakes.sim.engine import LAYOUT, NUM_LAYERS, SimEngine
 from tests.fakes.sim.network import Network, Process
 from tests.fakes.sim.watch import Watch
 
@@ -47,8 +48,8 @@ class ReceivingEnd:
     stuck_leases: set[int]
     """Under which a writer was held up in the middle of a slice."""
 
-    def land(self, lease_id: int, block_id: int, view: Bytes, data: Bytes) -> None:
-        """Bytes fall on a block: it must be lent under this lease and not be read yet."""
+    def land(self, lease_id: int, block_id: int, view: Bytes, data: Bytes, some: slice) -> None:
+        """Some bytes of each token fall on a block, which must be lent and not be read yet."""
         if self.process.is_alive:  # else it is memory that only its writers still map
             lease = self.receiver._table.get(lease_id)
             request_id = None if lease is None else lease.request_id
@@ -65,7 +66,7 @@ class ReceivingEnd:
                     f"a write under lease {lease_id} of {request_id} falls on block {block_id},"
                     " which is not lent under it"
                 )
-        np.copyto(view, data)
+        np.copyto(view[..., some], data[..., some])
 
 
 @dataclass(eq=False, slots=True)
@@ -76,13 +77,14 @@ class SendingEnd:
     memory: HostMemory
     engine: SimEngine
 
-    def read(self, watch: Watch, part: SlotRange) -> Bytes:
+    def read(self, watch: Watch, part: SlotRange, box: Box) -> Bytes:
         """The bytes of some tokens: their block must be held."""
         if not self.engine.scheduler.block_pool._ref_counts[part.local_block_id]:
             watch.violate(f"{self.process.name} reads block {part.local_block_id}, which is free")
-        end = part.local_slot + part.num_slots
-        tokens = self.memory.rows()[part.local_block_id].reshape(BLOCK_SIZE_TOKENS, -1)
-        data: Bytes = tokens[part.local_slot : end].reshape(-1).copy()
+        view = blocks_of(self.memory).slots(
+            part.local_block_id, box, part.local_slot, part.num_slots
+        )
+        data: Bytes = view.copy()
         return data
 
 
@@ -104,23 +106,22 @@ class SimLink:
     def write(
         self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None = None
     ) -> asyncio.Future[int]:
-        assert layers is None
-        return self._source.process.spawn(self._write(permit, parts))
+        (transfer,) = of_layers([self._transfer], layers or range(NUM_LAYERS))
+        return self._source.process.spawn(self._write(permit, parts, transfer))
 
-    async def _write(self, permit: WritePermit, parts: Sequence[SlotRange]) -> int:
+    async def _write(
+        self, permit: WritePermit, parts: Sequence[SlotRange], transfer: Transfer
+    ) -> int:
         async with self._turn:
             permit.check()
-            await self._push(permit, parts)
-        return sum(part.num_slots for part in parts) * LAYOUT.bytes_per_token
+            await self._push(permit, parts, transfer)
+        num_cells = sum(part.num_slots for part in parts) * transfer.source.num_layers
+        return num_cells * LAYOUT.bytes_per_cell
 
-    async def _push(self, permit: WritePermit, parts: Sequence[SlotRange]) -> None:
+    async def _push(
+        self, permit: WritePermit, parts: Sequence[SlotRange], transfer: Transfer
+    ) -> None:
         raise NotImplementedError
-
-    def _view(self, part: SlotRange) -> Bytes:
-        view = self._end.blocks.slots(
-            part.remote_block_id, self._transfer.target, part.remote_slot, part.num_slots
-        )
-        return view.reshape(-1)
 
     async def _pause(self) -> bool:
         """The thread waits for its turn; True when that takes unusually long."""
@@ -144,20 +145,24 @@ class SimShmLink(SimLink):
         super().__init__(source, target, end, network)
         self._fd = os.open(f"/proc/self/fd/{end.memory.shared_fd}", os.O_RDWR | os.O_CLOEXEC)
 
-    async def _push(self, permit: WritePermit, parts: Sequence[SlotRange]) -> None:
+    async def _push(
+        self, permit: WritePermit, parts: Sequence[SlotRange], transfer: Transfer
+    ) -> None:
         for part in parts:
             await self._pause()
             with range_lock.writing(self._fd, permit.lease_id) as is_open:
                 if not is_open:
                     raise KvLeaseLostError("fenced")
                 permit.check()
-                view, half = self._view(part), part.num_slots * LAYOUT.bytes_per_token // 2
-                data = self._source.read(self._end.watch, part)
-                self._end.land(permit.lease_id, part.remote_block_id, view[:half], data[:half])
+                view = self._end.blocks.slots(
+                    part.remote_block_id, transfer.target, part.remote_slot, part.num_slots
+                )
+                data = self._source.read(self._end.watch, part, transfer.source)
+                self._end.land(permit.lease_id, part.remote_block_id, view, data, slice(0, 2))
                 if await self._pause():
                     self._end.stuck_leases.add(permit.lease_id)
-                data = self._source.read(self._end.watch, part)
-                self._end.land(permit.lease_id, part.remote_block_id, view[half:], data[half:])
+                data = self._source.read(self._end.watch, part, transfer.source)
+                self._end.land(permit.lease_id, part.remote_block_id, view, data, slice(2, None))
 
     def close(self) -> None:
         os.close(self._fd)
@@ -176,7 +181,9 @@ class SimTcpLink(SimLink):
         self._writer_id = id(self)
         self._num_pushes = 0
 
-    async def _push(self, permit: WritePermit, parts: Sequence[SlotRange]) -> None:
+    async def _push(
+        self, permit: WritePermit, parts: Sequence[SlotRange], transfer: Transfer
+    ) -> None:
         status = None
         try:
             if self._connection is None:
@@ -187,7 +194,7 @@ class SimTcpLink(SimLink):
                 await self._pause()
                 permit.check()
                 await self._pause()
-                connection.send(self._frame(permit, part, is_last=part == parts[-1]))
+                connection.send(self._frame(permit, part, transfer, is_last=part == parts[-1]))
             status = await self._answer(connection, permit)
         except OSError as error:
             raise PeerUnavailableError(f"data connection: {error}") from error
@@ -207,8 +214,10 @@ class SimTcpLink(SimLink):
             raise ConnectionRefusedError("nobody is there")
         return SimConnection(end, self._network)
 
-    def _frame(self, permit: WritePermit, part: SlotRange, *, is_last: bool) -> "Frame":
-        data = self._source.read(self._end.watch, part)
+    def _frame(
+        self, permit: WritePermit, part: SlotRange, transfer: Transfer, *, is_last: bool
+    ) -> "Frame":
+        data = self._source.read(self._end.watch, part, transfer.source)
         header = FrameHeader(
             flags=FrameFlag.LAST if is_last else FrameFlag(0),
             writer_id=self._writer_id,
@@ -218,11 +227,11 @@ class SimTcpLink(SimLink):
             num_blocks=1,
             first_slot=part.remote_slot,
             num_slots=part.num_slots,
-            box=self._transfer.target,
-            num_bytes=len(data),
+            box=transfer.target,
+            num_bytes=data.nbytes,
             ids_checksum=0,
         )
-        return Frame(header, part.remote_block_id, data, xxhash.xxh3_64_intdigest(data.data))
+        return Frame(header, part.remote_block_id, data, xxhash.xxh3_64_intdigest(data.tobytes()))
 
     async def _answer(self, connection: "SimConnection", permit: WritePermit) -> PushStatus:
         """Look at the permit now and then; a peer that is silent for long is given up."""
@@ -302,16 +311,15 @@ class SimConnection:
             await self._transit()
             return PushStatus.LEASE_LOST
         try:
-            view = self._end.blocks.slots(
-                block_id, header.box, header.first_slot, header.num_slots
-            ).reshape(-1)
+            view = self._end.blocks.slots(block_id, header.box, header.first_slot, header.num_slots)
             if self._chance.hits(Fault.CORRUPT, 0.6 if self._has_stalled else 0.02):
                 data = data.copy()
-                data[self._chance.integer(0, len(data) - 1)] ^= 1 << self._chance.integer(0, 7)
-            cut = self._chance.integer(0, len(data))
-            self._end.land(header.lease_id, block_id, view[:cut], data[:cut])
+                place = self._chance.integer(0, data.size - 1)
+                data.reshape(-1)[place] ^= 1 << self._chance.integer(0, 7)
+            cut = self._chance.integer(0, data.shape[-1])
+            self._end.land(header.lease_id, block_id, view, data, slice(0, cut))
             await self._transit()
-            self._end.land(header.lease_id, block_id, view[cut:], data[cut:])
+            self._end.land(header.lease_id, block_id, view, data, slice(cut, None))
             is_sound = xxhash.xxh3_64_intdigest(view.tobytes()) == frame.checksum
             return PushStatus.WRITTEN if is_sound else PushStatus.CORRUPT
         finally:
