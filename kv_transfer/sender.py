@@ -341,7 +341,7 @@ class KvSender:
     async def _leave_peer(self, peer: Peer) -> None:
         """Workers come and go: nothing is kept for one that nobody uses and that is not known."""
         peer.num_users -= 1
-        if peer.num_users == 0 and not peer.has_session:
+        if peer.num_users == 0 and not peer.has_session and peer.address in self._peers:
             del self._peers[peer.address]
             await peer.close()
 
