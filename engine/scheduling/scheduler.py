@@ -561,8 +561,8 @@ class Scheduler:
         """The first layers of a plan's chunks are computed; for those whose KV is handed over."""
         events = []
         for chunk in plan.chunks:
-            sequence = self._sequences[chunk.request_id]
-            if sequence.mode is SequenceMode.PREFILL:
+            sequence = self._sequences.get(chunk.request_id)  # a warm-up has plans of its own
+            if sequence is not None and sequence.mode is SequenceMode.PREFILL:
                 first = sequence.num_announced_tokens
                 num_tokens = chunk.first_position + len(chunk.token_ids) - first
                 events.append(

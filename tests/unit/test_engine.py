@@ -281,6 +281,8 @@ def test_layers_of_a_prompt_are_announced_while_its_step_goes_on(make_engine, mo
             seen.append((event, torch.stack([kv_PJGCA[blocks] for kv_PJGCA in layers]).clone()))
 
     engine.report_to(report)
+    engine.prepare()
+    assert seen == []
     (prompt,) = make_prompts([40])
     engine.apply(0, Submit(make_request("r", prompt), PREFILL))
     engine.apply(1, Submit(make_request("s", prompt[::-1]), LOCAL))
