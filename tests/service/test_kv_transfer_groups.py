@@ -319,7 +319,9 @@ class DyingLink:
         self.data_planes, self.fallback_reasons = link.data_planes, link.fallback_reasons
         self.num_pushes = 0
 
-    def write(self, permit: WritePermit, parts: Sequence[SlotRange]) -> asyncio.Future[int]:
+    def write(
+        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None = None
+    ) -> asyncio.Future[int]:
         self.num_pushes += 1
         if self.num_pushes < 2:
             return self.link.write(permit, parts)
