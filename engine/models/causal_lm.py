@@ -4,7 +4,7 @@ Shape suffixes: T tokens of this step, B sequences, D model dim, V vocabulary, A
 in the pool, J key then value, G KV heads, C slots in a block.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import Protocol
@@ -111,6 +111,8 @@ class CausalLM(nn.Module):
         kv_pool: KvLayers,
         residual_TD: torch.Tensor | None = None,
         range_index: int = 0,
+        *,
+        on_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Run one range of this stage's layers, and write their keys and values to the pool.
 
@@ -125,6 +127,8 @@ class CausalLM(nn.Module):
             residual_TD: what the stage before returned; it is changed in place. None for the
                 model's first layers.
             range_index: of `num_ranges`, one after the other.
+            on_layer: told of each layer, by its place in the pool, when its keys and values are
+                there; layers are computed one by one then.
 
         Returns:
             After the model's last layer hidden_TD for `logits`; else residual_TD for the stage
@@ -138,7 +142,7 @@ class CausalLM(nn.Module):
         assert residual_TD is not None, "the stage before hands its residual on"
         added_TD: torch.Tensor | None = None
         fused = self._fused_ranges[range_index]
-        if fused is not None:
+        if fused is not None and on_layer is None:
             kv_LPJGCA = [kv_pool.layer(place) for place, _ in self._ranges[range_index]]
             added_TD = fused(residual_TD, *tables, kv_LPJGCA)
         else:
@@ -146,6 +150,8 @@ class CausalLM(nn.Module):
                 cos_TA, sin_TA = local_tables if layer.has_local_rope else tables
                 kv_PJGCA = kv_pool.layer(place)
                 added_TD = layer(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA, batch)
+                if on_layer is not None:
+                    on_layer(place)
         assert added_TD is not None, "a range has layers"
         if self.norm is None or range_index < self.num_ranges - 1:
             return residual_TD.add_(added_TD)

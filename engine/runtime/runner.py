@@ -6,7 +6,6 @@ V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -15,7 +14,6 @@ import torch
 
 from engine.kv_cache.batch import SequenceSplit, StepBatch
 from engine.kv_cache.pool import KvPool
-from engine.kv_cache.watched_layers import WatchedLayers
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import AxisGroup
 from engine.runtime.rank_message import ExpertTokens
@@ -100,7 +98,7 @@ class ModelRunner:
 
     def begin(self, plan: StepPlan, num_threads: int) -> None:
         """Compute a plan on a worker of one rank."""
-        self._begun = self.run((plan,), 1, num_threads, self._watched(plan))
+        self._begun = self.run((plan,), 1, num_threads, self._layer_news(plan))
 
     def finish(self) -> torch.Tensor:
         assert self._begun is not None, "nothing has begun"
@@ -113,7 +111,7 @@ class ModelRunner:
         plans: Sequence[StepPlan],
         num_passes: int,
         num_threads: int,
-        watched: WatchedLayers | None = None,
+        on_layer: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """Compute micro-batches on this stage; returns logits_BV, float32, a row a drawing chunk.
 
@@ -126,7 +124,7 @@ class ModelRunner:
             num_passes: micro-batches of the data shard with the most. While this one has none, it
                 takes part in the experts' exchange. Sends and receives come in `pass_order`.
             num_threads: see `begin`.
-            watched: the pool's layers, where somebody wants to know how far a single pass is.
+            on_layer: see `CausalLM.forward`.
         """
         pipeline, sequence, num_ranges = self._pipeline, self.model.sequence, self.model.num_ranges
         batches: dict[int, tuple[StepPlan, StepBatch]] = {}
@@ -141,10 +139,9 @@ class ModelRunner:
             is_first = self.model.is_first_stage and range_index == 0
             is_last = self.model.is_last_stage and range_index == num_ranges - 1
             residual_TD = None if is_first else self._received(len(batch.token_T))
-            layers = watched or self.pool
-            hidden_TD = self.model.forward(batch, layers, residual_TD, range_index)
-            if watched is not None:
-                watched.end()
+            hidden_TD = self.model.forward(
+                batch, self.pool, residual_TD, range_index, on_layer=on_layer
+            )
             if not is_last:
                 pipeline.send(hidden_TD, (pipeline.rank + 1) % pipeline.size)
             elif sequence.rank == 0 and any(chunk.is_drawing for chunk in plan.chunks):
@@ -156,16 +153,21 @@ class ModelRunner:
             return torch.empty((0, 0), dtype=torch.float32, device=self._device)
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def _watched(self, plan: StepPlan) -> WatchedLayers | None:
-        """The pool's layers, if news of them come in time to be of use."""
-        on_layers = self._on_layers
+    def _layer_news(self, plan: StepPlan) -> Callable[[int], None] | None:
+        """Tells of layers that are computed, if that comes in time to be of use."""
+        on_layers, layout = self._on_layers, self.pool.layout
         if on_layers is None or self._device.type != "cpu":
             return None
-        layout = self.pool.layout
         interval = -(-NEWS_BYTES * layout.num_layers // (plan.num_tokens * layout.bytes_per_token))
         if interval >= layout.num_layers:
             return None
-        return WatchedLayers(self.pool, interval, layout.num_layers, partial(on_layers, plan))
+
+        def on_layer(place: int) -> None:
+            num_layers = place + 1
+            if num_layers % interval == 0 or num_layers == layout.num_layers:
+                on_layers(plan, num_layers)
+
+        return on_layer
 
     def _batch(self, plan: StepPlan, num_threads: int) -> tuple[StepPlan, StepBatch]:
         """This rank's share of a plan, packed."""
