@@ -418,3 +418,29 @@ async def test_store_forgets_the_memory_of_workers_that_are_gone(redis, redis_ur
                 await worker.generate([*PROMPT, number])
                 assert len(store.sender._peers) == 1
             await until(lambda: not store.sender._peers)
+
+
+async def test_fetch_behind_tokens_that_the_caller_lacks_is_refused(redis, redis_url):
+    """Else the store would fill the gap with blocks of somebody else."""
+    async with running_store(redis) as store:
+        await stored(store, redis_url)
+        async with sharing_worker(redis_url) as worker:
+            hashes = block_hashes(PROMPT, SIZE)
+            taken = await worker.thread.take_prefix("f", hashes)
+            lender = worker.fetcher._lender
+            lender.expect("f", taken)
+            request = pb.FetchRequest(
+                fetch_id="f",
+                worker_id=worker.fetcher._worker_id,
+                address=worker.fetcher.address,
+                model_digest=DIGEST,
+                first_block=2,
+                block_hashes=hashes[2:],
+            )
+            error = await answer_of(store, "Fetch", request)
+            assert error.code() is StatusCode.FAILED_PRECONDITION
+            assert "holds 0 tokens of the 32 before" in (error.details() or "")
+            await worker.receiver.abort("f")
+            await worker.thread.cancel_reservation("f")
+            assert worker.thread.num_cached_blocks(hashes) == 0
+            assert store.held == IDLE
