@@ -11,6 +11,7 @@ from engine.runtime.commands import PrefixFetchEvent, SequenceMode
 from engine.scheduling.block_hash import block_hashes
 from kv_transfer.config import DataPlane
 from kv_transfer.local_sending_rank import LocalLink
+from kv_transfer.plane import WritePermit
 from kv_transfer.prefix import publisher as publisher_module
 from kv_transfer.store.servicer import KvStoreServicer
 from mesh.channel import open_channel
@@ -289,6 +290,39 @@ async def test_abort_in_the_middle_of_a_fetch_frees_both_sides(
             )
             sink = await worker.generate([*PROMPT, 7])  # the id is free again
             assert worker.cached_kv(PROMPT) == expected_kv(PROMPT, 80)
+
+
+@pytest.mark.parametrize("plane", [DataPlane.SHM, DataPlane.TCP])
+async def test_write_of_a_store_that_missed_the_abort_reaches_no_block(
+    redis, redis_url, monkeypatch, plane
+):
+    """As if its host hung: it writes on after the worker has used the blocks for something else."""
+    async with running_store(redis, plane=plane) as store:
+        await stored(store, redis_url)
+        entered, gate = threading.Event(), threading.Event()
+        write = LocalLink._write
+
+        def late(link: LocalLink, *rest) -> int:
+            entered.set()
+            gate.wait(10)
+            return write(link, *rest)
+
+        async with sharing_worker(redis_url, plane=plane, num_blocks=8) as worker:
+            await knows_store(worker)
+            with monkeypatch.context() as hung:
+                hung.setattr(LocalLink, "_write", late)
+                hung.setattr(WritePermit, "check", lambda permit: None)
+                worker.start([*PROMPT, 7])
+                await asyncio.to_thread(entered.wait)
+                async with asyncio.timeout(5):
+                    await worker.engine.abort("r")
+                other = list(range(700, 813))  # needs every block of the pool
+                await worker.generate(other, request_id="other")
+                assert worker.cached_kv(other) == expected_kv(other, 112)
+                gate.set()
+                await until(lambda: store.servicer.num_fetches == 0)
+                await until(lambda: store.held == IDLE)
+            assert worker.cached_kv(other) == expected_kv(other, 112)
 
 
 async def test_worker_that_dies_in_the_middle_of_a_fetch_leaves_no_pins(

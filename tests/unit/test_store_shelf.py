@@ -78,6 +78,19 @@ def test_tail_that_outlived_its_head_is_not_kept_twice():
     shelf.accept(again)
     shelf.check_conservation()
     assert shelf.num_leading(chain("a", 3)) == 3
+    assert shelf.num_arriving == 0, "the second copy's block is free"
+    filled(shelf, "c", num_blocks=4)
+
+
+def test_tail_is_kept_when_the_delivery_that_it_built_on_was_refused():
+    shelf = Shelf(8)
+    head, tail = shelf.expect(chain("a", 3)), shelf.expect(chain("a", 5))
+    shelf.refuse(head)
+    shelf.accept(tail)
+    assert (shelf.num_leading(chain("a", 5)), shelf.num_filed) == (0, 2)
+    again = shelf.expect(chain("a", 5))
+    shelf.accept(again)
+    assert (shelf.num_leading(chain("a", 5)), shelf.num_filed, shelf.num_arriving) == (5, 5, 0)
 
 
 def test_sequence_with_a_hash_twice_is_refused():
