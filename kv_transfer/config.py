@@ -55,7 +55,7 @@ class TransferConfig:
     tls_ca: str = ""
     checksums: Checksums = Checksums.NETWORK
     """Of the sender. Damage is sent again once; then the handover fails."""
-    slice_bytes: int = 1 << 20
+    slice_bytes: int = 4 << 20
     """shm: most bytes between two looks at the lease."""
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ import xxhash
 from kv_transfer.copying import Bytes, Offsets, copy_runs
 from kv_transfer.runs import merged
 
-PIECE_BYTES = 256 << 10
+PIECE_BYTES = 512 << 10
 """Goes through its checksum and the socket while it is in the cache, beside what the receiver
 does with the piece before."""
 SCATTER_BYTES = 8192
