@@ -66,15 +66,21 @@ void isthmus_run_attention(int dtype, attention_job job, int64_t num_sequences, 
     int64_t group = job.num_heads / job.kv.num_heads;
     int64_t wanted = num_threads > 1 ? 4 * num_threads : 1;
     int64_t tokens_per_unit = UNIT_ROWS / group > 0 ? UNIT_ROWS / group : 1;
-    int64_t num_singles = 0, num_units;
-    for (int64_t i = 0; i < num_sequences; ++i)
-        num_singles += query_start[i + 1] - query_start[i] == 1;
+    int64_t num_singles = 0, num_units, units_a_thread = 2;
+    for (int64_t i = 0; i < num_sequences; ++i) {
+        int64_t num_queries = query_start[i + 1] - query_start[i];
+        num_singles += num_queries == 1;
+        /* The start of a prompt makes units of uneven size: more of them share better. */
+        if (num_queries > 1 && job.context_len[i] < 2 * num_queries) units_a_thread = 4;
+    }
+    int64_t fewest_units = num_threads > 1 ? units_a_thread * num_threads : 1;
     for (;; tokens_per_unit /= 2) { /* each unit packs the keys it sees: few, but enough to share */
         num_units = 0;
         for (int64_t i = 0; i < num_sequences; ++i)
             num_units += (query_start[i + 1] - query_start[i] + tokens_per_unit - 1) /
                          tokens_per_unit * job.kv.num_heads;
-        if (num_units >= wanted || tokens_per_unit == 1 || tokens_per_unit * group <= 32) break;
+        if (num_units >= fewest_units || tokens_per_unit == 1 || tokens_per_unit * group <= 32)
+            break;
     }
     int64_t num_parts = num_units > 0 ? (wanted + num_units - 1) / num_units : 1;
     if (group > MAX_SPLIT_ROWS) num_parts = 1;

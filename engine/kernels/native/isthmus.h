@@ -87,7 +87,7 @@ typedef struct {
 } attention_job;
 
 /* Rows of one attention unit; a unit has at least one token, so at most max(this, H / G) rows. */
-enum { UNIT_ROWS = 384 };
+enum { UNIT_ROWS = 768 };
 /* Rows of a unit that may be split along its context. */
 enum { MAX_SPLIT_ROWS = 32 };
 
