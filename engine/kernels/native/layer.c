@@ -1,6 +1,6 @@
-/* The two halves of a plain decoder layer, each in one call, and all layers in one: what the separate
- * calls do, in their order and with their bits. What passes between them lies in memory that is
- * kept. */
+/* The two halves of a plain decoder layer, each in one call, and all layers in one: what the
+ * separate calls do, in their order and with their bits. What passes between them lies in memory
+ * that is kept. */
 #include "call.h"
 
 typedef struct {

@@ -80,7 +80,8 @@ INLINE void rope_rows(int dtype, const rope_job *job, int64_t begin, int64_t end
     char *normed = isthmus_scratch(SCRATCH_KERNEL, (size_t)dim * 4);
     for (int64_t row = begin; row < end; ++row) {
         const float *cos = job->cos + row * half, *sin = job->sin + row * half;
-        int64_t block = job->slot[row] / job->kv.block_size, offset = job->slot[row] % job->kv.block_size;
+        int64_t block = job->slot[row] / job->kv.block_size;
+        int64_t offset = job->slot[row] % job->kv.block_size;
         for (int64_t head = 0; head < num_heads + num_kv_heads; ++head) {
             int is_query = head < num_heads;
             const void *from = job->qkv;
@@ -102,8 +103,8 @@ INLINE void rope_rows(int dtype, const rope_job *job, int64_t begin, int64_t end
         }
         for (int64_t head = 0; head < num_kv_heads; ++head) {
             int64_t from_at = row * job->qkv_stride + (num_heads + num_kv_heads + head) * dim;
-            int64_t to_at = block * job->kv.block_stride + job->kv.side_stride + head * job->kv.head_stride +
-                            offset * dim;
+            int64_t to_at = block * job->kv.block_stride + job->kv.side_stride +
+                            head * job->kv.head_stride + offset * dim;
             memcpy((char *)job->kv_memory + to_at * (int64_t)width,
                    (const char *)job->qkv + from_at * (int64_t)width, (size_t)dim * width);
         }
