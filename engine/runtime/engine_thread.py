@@ -15,6 +15,7 @@ from engine.errors import (
     DuplicateRequestError,
     EngineDeadError,
     IsthmusError,
+    RankGroupError,
     UnknownRequestError,
 )
 from engine.request import Request
@@ -321,7 +322,8 @@ class EngineThread:
             self._work()
         except BaseException as error:
             has_reason = isinstance(error, EngineDeadError)  # such as another rank's end
-            logger.exception("the engine thread died: %s", error, exc_info=not has_reason)
+            blamed = f"rank={error.rank} " if isinstance(error, RankGroupError) else ""
+            logger.exception("the engine thread died: %s%s", blamed, error, exc_info=not has_reason)
             self._post(self._die, error)
         finally:
             self._engine.close()
