@@ -358,11 +358,11 @@ def ends_of_a_step(group: RankGroup, path: str) -> list[float]:
     forward = steps.runner.model.forward
     forward_end_s = 0.0
 
-    def slow_forward(*arguments: Any) -> torch.Tensor:
+    def slow_forward(*arguments: Any, **options: Any) -> torch.Tensor:
         nonlocal forward_end_s
         if group.rank == 1:
             time.sleep(0.1)
-        hidden_TD = forward(*arguments)
+        hidden_TD = forward(*arguments, **options)
         forward_end_s = time.monotonic()
         return hidden_TD
 
