@@ -366,7 +366,7 @@ def ends_of_a_step(group: RankGroup, path: str) -> list[float]:
         forward_end_s = time.monotonic()
         return hidden_TD
 
-    steps.runner.model.forward = slow_forward  # type: ignore[assignment, method-assign]
+    steps.runner.model.forward = slow_forward  # type: ignore[method-assign]
     steps.last_logits((0, len(PROMPT), ANSWER[:1]))
     end_s = time.monotonic()
     steps.close()
