@@ -24,8 +24,8 @@ class Arrivals:
         self._ends: dict[int, asyncio.Event] = {}
 
     def expect(self, lease: Lease, block_hashes: Sequence[bytes]) -> None:
-        """The lease's blocks will hold this prefix, if it is committed."""
-        own = [block_hash for block_hash in block_hashes if block_hash not in self._lease_of]
+        """The lease's blocks will hold this prefix, if it is committed; repeated hashes are one."""
+        own = [each for each in dict.fromkeys(block_hashes) if each not in self._lease_of]
         for block_hash in own:
             self._lease_of[block_hash] = lease
         self._hashes_of[lease.lease_id] = own

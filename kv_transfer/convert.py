@@ -135,7 +135,10 @@ def _nixl_from(message: pb.NixlOffer) -> NixlOffer:
 
 
 def block_hashes_from(message: pb.ReserveRequest, block_size_tokens: int) -> list[bytes]:
-    """Raises InvalidRequestError unless they are hashes of full blocks within the prompt."""
+    """Raises InvalidRequestError unless they are hashes of full blocks within the prompt.
+
+    They are chained, so that no two blocks of one prompt have the same hash.
+    """
     hashes = list(message.block_hashes)
     if len(hashes) > message.num_tokens // block_size_tokens:
         raise InvalidRequestError(
@@ -144,6 +147,8 @@ def block_hashes_from(message: pb.ReserveRequest, block_size_tokens: int) -> lis
         )
     if any(len(block_hash) != HASH_BYTES for block_hash in hashes):
         raise InvalidRequestError(f"block hashes must have {HASH_BYTES} bytes each")
+    if len(set(hashes)) != len(hashes):
+        raise InvalidRequestError("block_hashes names one block twice")
     return hashes
 
 

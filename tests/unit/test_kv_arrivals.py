@@ -113,3 +113,15 @@ async def test_an_end_is_noted_once_and_of_the_right_lease() -> None:
     line.arrivals.end(first)
     line.arrivals.end(first)
     assert not await line.waits(prompt)
+
+
+async def test_a_hash_that_comes_twice_ends_once() -> None:
+    line = Line()
+    prompt = list(range(13))
+    lease = line.expect(prompt)
+    line.arrivals.end(lease)
+    first, second, _ = block_hashes(prompt, SIZE)
+    line.arrivals.expect(lease, [first, second, first])
+    assert await line.waits(prompt)
+    line.arrivals.end(lease)
+    assert not await line.waits(prompt)

@@ -75,3 +75,18 @@ def test_ranks_that_are_no_worker_are_refused(spoil: Any, problem: str) -> None:
     spoil(message)
     with pytest.raises(InvalidRequestError, match=f"decode-0: .*{problem}"):
         convert.offer_from(message)
+
+
+@pytest.mark.parametrize(
+    ("hashes", "problem"),
+    [
+        ([b"a" * 16, b"b" * 16, b"a" * 16], "block_hashes names one block twice"),
+        ([b"a" * 16, b"b" * 15], "must have 16 bytes each"),
+        ([bytes([index]) * 16 for index in range(4)], "4 block hashes for 63 tokens"),
+    ],
+    ids=["twice", "short", "too-many"],
+)
+def test_hashes_that_no_prompt_has_are_refused(hashes: list[bytes], problem: str) -> None:
+    message = kv_transfer_pb2.ReserveRequest(num_tokens=63, block_hashes=hashes)
+    with pytest.raises(InvalidRequestError, match=problem):
+        convert.block_hashes_from(message, 16)
