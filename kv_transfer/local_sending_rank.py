@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -120,6 +121,16 @@ class LocalLink:
         self._thread.shutdown(wait=False)
 
     def _write(self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None) -> int:
+        try:
+            return self._write_to_all(permit, parts, layers)
+        except BaseException as error:
+            # It may be kept for long; views of the receiver's pool in its frames would keep that.
+            traceback.clear_frames(error.__traceback__)
+            raise
+
+    def _write_to_all(
+        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None
+    ) -> int:
         permit.check()
         source = source_from(self._memory, self._host, parts)
         num_bytes = 0
@@ -131,7 +142,10 @@ class LocalLink:
 
     def _close(self) -> None:
         for writer, _ in self._writers:
-            writer.close()
+            try:
+                writer.close()
+            except Exception:
+                logger.exception("%s writer not closed", writer.name)
 
 
 def choose_writer(target: Target, config: TransferConfig, host: HostBlocks | None) -> WriterChoice:

@@ -108,7 +108,9 @@ class ShmWriter:
             self._is_closed.set()
             self._populator.join()
             self._blocks = None  # the map cannot close under a view
-            self._map.close()
+            with contextlib.suppress(BufferError):  # a view in a traceback: it closes with that
+                self._map.close()
+            del self._map
             os.close(self._fd)
 
     def _compare(

@@ -1,5 +1,6 @@
 """The shared-memory data plane: what is mapped, and what keeps a late writer out."""
 
+import asyncio
 import contextlib
 import os
 import subprocess
@@ -15,11 +16,14 @@ import pytest
 from engine.errors import KvLeaseLostError, PeerUnavailableError
 from kv_transfer import range_lock
 from kv_transfer.blocks import BlockSource, host_blocks, source_from
-from kv_transfer.offer import ShmOffer
+from kv_transfer.local_sending_rank import LocalLink, WriterChoice
+from kv_transfer.offer import RankOffer, ShmOffer
 from kv_transfer.plane import WritePermit, WriteStoppedError
+from kv_transfer.sending_rank import Target
 from kv_transfer.shm import ShmIntake, ShmWriter
 from kv_transfer.slot_ranges import SlotRange
 from tests.fakes.clock import FakeClock
+from tests.fakes.descriptors import open_things
 from tests.fakes.kv_memory import TINY_LAYOUT, WHOLE, DeviceMemory, HostMemory
 
 LEASE_ID = (1 << 62) - 1  # the largest there is
@@ -97,6 +101,47 @@ def test_a_stopped_permit_ends_the_write() -> None:
         with pytest.raises(WriteStoppedError):
             writer.write(given_up, a_source(local), ONE_BLOCK, WHOLE)
         assert not remote.rows().any()
+
+
+def a_failure_of(writer: ShmWriter, local: HostMemory) -> KvLeaseLostError:
+    late = FakeClock()
+    with pytest.raises(KvLeaseLostError) as caught:
+        writer.write(WritePermit(LEASE_ID, 1, late, late()), a_source(local), ONE_BLOCK, WHOLE)
+    return caught.value
+
+
+def test_a_failure_that_is_kept_holds_no_descriptor_of_a_closed_writer() -> None:
+    with HostMemory() as remote, HostMemory() as local:
+        intake = ShmIntake(remote)
+        before = open_things()
+        writer = ShmWriter(intake.offer, TINY_LAYOUT, 16, slice_bytes=1 << 20)
+        error = a_failure_of(writer, local)
+        writer.close()
+        assert error.__traceback__ is not None
+        del error
+        assert open_things() == before
+        intake.close()
+
+
+async def test_a_failure_of_a_link_that_is_kept_holds_nothing_of_the_receivers(caplog) -> None:
+    with HostMemory() as remote, HostMemory() as local:
+        intake = ShmIntake(remote)
+        before = open_things()
+        writer = ShmWriter(intake.offer, TINY_LAYOUT, 16, slice_bytes=1 << 20)
+        offer = RankOffer(intake.offer, None)
+        target = Target("d0", offer, TINY_LAYOUT, 16, "127.0.0.1:1", WHOLE)
+        link = LocalLink(local, host_blocks(local), [target], [WriterChoice(writer, None)])
+        assert intake.fence(LEASE_ID, is_forced=False)
+        with pytest.raises(KvLeaseLostError, match="took lease") as caught:
+            await link.write(permit(FakeClock()), ONE_BLOCK)
+        thread = link._thread
+        link.close()
+        await asyncio.to_thread(thread.shutdown)
+        assert caught.value.__traceback__ is not None
+        new = open_things() - before
+        assert [name for name in new if not name.startswith("thread")] == []
+        assert not caplog.records
+        intake.close()
 
 
 def test_the_fence_waits_for_a_slice_that_is_under_way() -> None:
