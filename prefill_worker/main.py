@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from engine.runtime.build import build_engine, build_follower
 from engine.runtime.core_share import CoreShare
 from engine.runtime.engine_thread import EngineThread
 from engine.runtime.membership import join_worker, pool_addresses
-from engine.scheduling.block_hash import block_hashes
 from kv_transfer.local_receiving_rank import LocalReceivingRank
 from kv_transfer.local_sending_rank import LocalSendingRank
 from kv_transfer.prefix.lender import PrefixLender
@@ -102,11 +101,6 @@ async def serve(
         metrics.register(RankCollector(lambda: engine.rank_times))
     if engine.model_config.form.experts is not None:
         metrics.register(ExpertCollector(lambda: engine.expert_tokens))
-    rope_salt = engine.runner.model.config.rope_salt
-
-    def hash_blocks(token_ids: Sequence[int], block_size_tokens: int) -> Sequence[bytes]:
-        return block_hashes(token_ids, block_size_tokens, salt=rope_salt(len(token_ids)))
-
     with exporting_spans(
         "isthmus-prefill", instance_id=identity.worker_id, otlp_endpoint=worker.otlp_endpoint
     ):
@@ -154,7 +148,9 @@ async def serve(
             metrics.register(EngineCollector(lambda: thread.stats))
             metrics.register(SenderCollector(lambda: sender.counters))
             metrics.register(ReceiverCollector(lambda: receiver.counters))
-            prefiller = Prefiller(prefixes.engine, sender, hash_blocks=hash_blocks)
+            prefiller = Prefiller(
+                prefixes.engine, sender, hash_salt_of=engine.model_config.rope_salt
+            )
 
             def add_servicers(server: aio.Server) -> None:
                 prefill_pb2_grpc.add_PrefillServiceServicer_to_server(

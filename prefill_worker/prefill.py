@@ -16,6 +16,7 @@ from engine.runtime.commands import (
     SequenceMode,
     TokenEvent,
 )
+from engine.scheduling.block_hash import block_hashes
 from kv_transfer.report import HandoverReport
 from kv_transfer.sender import KvSender
 
@@ -59,11 +60,12 @@ class Prefiller:
         engine: RequestEngine,
         sender: KvSender,
         *,
-        hash_blocks: Callable[[Sequence[int], int], Sequence[bytes]],
+        hash_salt_of: Callable[[int], int],
     ) -> None:
+        """`hash_salt_of` prompt lengths is the engine's."""
         self._engine = engine
         self._sender = sender
-        self._hash_blocks = hash_blocks
+        self._hash_salt_of = hash_salt_of
         self._running: dict[str, _Running] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -139,12 +141,15 @@ class Prefiller:
     async def _hand_over(
         self, job: PrefillJob, computed: asyncio.Queue[KvComputedEvent | TokenEvent]
     ) -> HandoverReport:
-        token_ids = job.request.prompt_token_ids + job.request.output_token_ids
+        request = job.request
+        token_ids = request.prompt_token_ids + request.output_token_ids
+        # Not of the output: keys stay as the prompt's length has made them.
+        salt = self._hash_salt_of(len(request.prompt_token_ids))
         async with self._sender.handover(
-            job.request.request_id,
+            request.request_id,
             decode_address=job.decode_address,
             num_tokens=len(token_ids),
-            hash_blocks=lambda size: self._hash_blocks(token_ids, size),
+            hash_blocks=lambda size: block_hashes(token_ids, size, salt=salt),
         ) as handover:
             if (receiver_id := handover.session.offer.receiver_id) != job.decode_worker_id:
                 raise PeerUnavailableError(

@@ -54,7 +54,7 @@ async def measure(
             config=config,
         ) as sender,
     ):
-        prefiller = Prefiller(thread, sender, hash_blocks=lambda token_ids, size: ())
+        prefiller = Prefiller(thread, sender, hash_salt_of=lambda _: 0)
         return [
             await _measured(thread, prefiller, address, data_plane, count, num_runs)
             for count in num_tokens

@@ -19,7 +19,6 @@ from engine.runtime.build import ModelEngine, build_follower
 from engine.runtime.commands import SequenceMode, TokenEvent
 from engine.runtime.engine_thread import EngineThread
 from engine.runtime.membership import Membership, pool_addresses
-from engine.scheduling.block_hash import block_hashes
 from kv_transfer.config import TransferConfig
 from kv_transfer.local_receiving_rank import LocalReceivingRank
 from kv_transfer.local_sending_rank import LocalSendingRank
@@ -158,9 +157,7 @@ async def _send(
             config=TRANSFER,
         ) as sender,
     ):
-        prefiller = Prefiller(
-            thread, sender, hash_blocks=lambda ids, size: block_hashes(ids, size, salt=0)
-        )
+        prefiller = Prefiller(thread, sender, hash_salt_of=lambda _: 0)
 
         async def hand_over(receiver: str, worker_id: str, address: str, index: int) -> None:
             request = _request(receiver, name, index)

@@ -1,6 +1,6 @@
 """A prefill worker, a decode worker and a gateway in one process: real engines, real sockets."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,6 @@ from decode_worker.servicer import DecodeServicer
 from engine.config import EngineConfig
 from engine.runtime.build import build_engine
 from engine.runtime.engine_thread import EngineThread
-from engine.scheduling.block_hash import block_hashes
 from kv_transfer.config import TransferConfig
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.receiving_group import ReceivingGroup
@@ -95,9 +94,6 @@ async def small_mesh(
         data_port: where the sender finds the data port that it is given; for relays.
     """
 
-    def hash_blocks(token_ids: Sequence[int], size: int) -> Sequence[bytes]:
-        return block_hashes(token_ids, size)
-
     engines = [build_engine(checkpoint, ENGINE) for _ in range(2)]
     async with (
         EngineThread(engines[0]) as prefill,
@@ -122,7 +118,7 @@ async def small_mesh(
             assert offer.tcp is not None
             port = await data_port(offer.tcp.port)
             receiver._offers = (replace(offer, tcp=replace(offer.tcp, port=port)),)
-        prefiller = Prefiller(prefill, sender, hash_blocks=hash_blocks)
+        prefiller = Prefiller(prefill, sender, hash_salt_of=engines[0].model_config.rope_salt)
         decoder = DecodeServicer(decode, receiver)
 
         def add_to_prefill(server: aio.Server) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from decode_worker.stream import GatewayStream
 from engine.runtime.commands import TokenEvent
-from engine.scheduling.block_hash import block_hashes
 from kv_transfer.config import DataPlane, TransferConfig
 from kv_transfer.group_layout import GroupLayout
 from kv_transfer.lease import Lease
@@ -95,7 +94,7 @@ async def prefill_worker(
             )
         )
         yield SimPrefill(
-            process, engine, sender, Prefiller(engine, sender, hash_blocks=block_hashes)
+            process, engine, sender, Prefiller(engine, sender, hash_salt_of=lambda _: 0)
         )
 
 
