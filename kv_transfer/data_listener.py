@@ -108,16 +108,23 @@ class DataListener:
                     return
                 time.sleep(stream.TICK_S)  # out of descriptors: the connections may end
                 continue
-            with self._lock:
-                has_room = not self._is_closed and len(self.connections) < self._max_connections
-                if has_room:
-                    name = f"{peer[0]}:{peer[1]}"
-                    connection = Connection(self, sock, name, self._serve)
-                    self.connections.add(connection)
-                    connection.thread.start()
-            if not has_room:
+            name = f"{peer[0]}:{peer[1]}"
+            if (refusal := self._refusal(sock, name)) is not None:
                 sock.close()
-                self.drop("too_many", f"{peer[0]}:{peer[1]}")
+                self.drop(refusal, name)
+
+    def _refusal(self, sock: socket.socket, peer: str) -> str | None:
+        """Why the connection is not served; None once a thread of its own serves it."""
+        with self._lock:
+            if self._is_closed or len(self.connections) >= self._max_connections:
+                return "too_many"
+            connection = Connection(self, sock, peer, self._serve)
+            try:
+                connection.thread.start()
+            except RuntimeError:  # out of threads: others may end
+                return "no_thread"
+            self.connections.add(connection)
+            return None
 
 
 def _listener(host: str, port: int) -> socket.socket:

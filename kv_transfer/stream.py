@@ -11,8 +11,10 @@ TICK_S = 0.2
 """How often a blocked call looks whether it should go on."""
 MAX_BUFFERS = 1024
 """In one system call (IOV_MAX)."""
-
-_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+KEEPALIVE_IDLE_S = 30
+KEEPALIVE_INTERVAL_S = 10
+KEEPALIVE_PROBES = 3
+"""A host that is silent for a minute, though nothing is asked of it, has vanished."""
 
 
 class StalledError(OSError):
@@ -24,17 +26,27 @@ class HandshakeError(OSError):
 
 
 def prepare(sock: socket.socket) -> None:
-    """Blocking calls return after TICK_S without progress; small messages go at once."""
+    """Blocking calls return after TICK_S without progress; small messages go at once.
+
+    A host that vanishes without a word is found out, also by those who wait for it for ever.
+    """
     sock.settimeout(None)
     tick = struct.pack("ll", 0, round(TICK_S * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
 
 
 def secured(sock: socket.socket, context: ssl.SSLContext, *, is_server: bool) -> ssl.SSLSocket:
     """The same connection with TLS, once `shake_hands` has returned; `sock` is of no more use."""
-    return context.wrap_socket(sock, server_side=is_server, do_handshake_on_connect=False)
+    wrapped = context.wrap_socket(sock, server_side=is_server, do_handshake_on_connect=False)
+    # The tick of `prepare` would not be heard of: a blocking SSL socket tries again by itself.
+    wrapped.settimeout(TICK_S)
+    return wrapped
 
 
 def shake_hands(sock: ssl.SSLSocket, *, timeout_s: float) -> None:
@@ -43,11 +55,11 @@ def shake_hands(sock: ssl.SSLSocket, *, timeout_s: float) -> None:
     while True:
         try:
             sock.do_handshake()
-        except _WOULD_BLOCK:
+        except OSError as error:
+            if not _is_tick(error):
+                raise HandshakeError(f"TLS: {error}") from error
             if time.monotonic() > end_s:
                 raise HandshakeError(f"no TLS handshake within {timeout_s} s") from None
-        except OSError as error:
-            raise HandshakeError(f"TLS: {error}") from error
         else:
             return
 
@@ -84,7 +96,9 @@ def receive(
     while index < len(left):
         try:
             count = _receive_some(sock, left[index : index + MAX_BUFFERS])
-        except _WOULD_BLOCK:
+        except OSError as error:
+            if not _is_tick(error):
+                raise
             if check is not None:
                 check()
             if timeout_s is not None and time.monotonic() - progress_s > timeout_s:
@@ -113,13 +127,22 @@ def send(
     while index < len(left):
         try:
             count = _send_some(sock, left[index : index + MAX_BUFFERS])
-        except _WOULD_BLOCK:
+        except OSError as error:
+            if not _is_tick(error):
+                raise
             check()
             if time.monotonic() - progress_s > timeout_s:
                 raise StalledError(f"no byte taken for {timeout_s} s") from None
             continue
         index = _advance(left, index, count)
         progress_s = time.monotonic()
+
+
+def _is_tick(error: OSError) -> bool:
+    """Nothing moved for TICK_S. Of a host that has vanished, ETIMEDOUT tells."""
+    if isinstance(error, TimeoutError):
+        return error.errno is None
+    return isinstance(error, BlockingIOError | ssl.SSLWantReadError | ssl.SSLWantWriteError)
 
 
 def _receive_some(sock: socket.socket, targets: Sequence[memoryview]) -> int:

@@ -41,7 +41,7 @@ from kv_transfer.sending_rank import Target
 from kv_transfer.slot_ranges import SlotRange
 from kv_transfer.tcp_intake import TcpIntake
 from kv_transfer.tcp_writer import tcp_writer
-from kv_transfer.tls import client_context
+from kv_transfer.tls import client_context, server_context
 from tests.fakes.clock import FakeClock
 from tests.fakes.descriptors import open_things
 from tests.fakes.kv_memory import TINY_LAYOUT, WHOLE, WHOLE_BOX, HostMemory
@@ -431,9 +431,11 @@ def test_a_receiver_that_is_none_is_unavailable(reply: bytes | None) -> None:
         thread.join(WAIT_S)
 
 
-def test_a_write_that_is_stuck_ends_when_it_is_stopped() -> None:
+@pytest.mark.parametrize("files", [{}, SECURED], ids=["plain", "tls"])
+def test_a_write_that_is_stuck_ends_when_it_is_stopped(files: dict[str, str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, HostMemory() as local:
-        writer = tcp_writer(listener.getsockname(), timeout_s=60, has_checksums=True)
+        tls = client_context(secured(**files))
+        writer = tcp_writer(listener.getsockname(), timeout_s=60, has_checksums=True, tls=tls)
         permit = a_permit()
         outcome: list[BaseException] = []
 
@@ -443,9 +445,11 @@ def test_a_write_that_is_stuck_ends_when_it_is_stopped() -> None:
             except WriteStoppedError as error:
                 outcome.append(error)
 
-        thread = threading.Thread(target=write)
+        thread = threading.Thread(target=write, daemon=True)
         thread.start()
         sock, _ = listener.accept()
+        if (context := server_context(secured(**files))) is not None:
+            sock = context.wrap_socket(sock, server_side=True)
         with sock:
             assert sock.recv(1)
             permit.stopped.set()
@@ -453,6 +457,25 @@ def test_a_write_that_is_stuck_ends_when_it_is_stopped() -> None:
         assert not thread.is_alive()
         assert len(outcome) == 1
         writer.close()
+
+
+def test_a_port_that_gets_no_thread_serves_the_next_connection(monkeypatch) -> None:
+    start = threading.Thread.start
+    failures = [RuntimeError("can't start new thread")]
+
+    def start_later(thread: threading.Thread) -> None:
+        if thread.name == "kv-receive" and failures:
+            raise failures.pop()
+        start(thread)
+
+    with HostMemory() as memory, an_intake(memory) as intake:
+        monkeypatch.setattr(threading.Thread, "start", start_later)
+        with connected(intake) as sock:
+            assert is_closed(sock)
+        eventually(lambda: intake.dropped == {"no_thread": 1})
+        with connected(intake) as sock:
+            sock.sendall(GOOD.to_bytes() + bytes(BLOCK_BYTES))
+            assert answer_on(sock) is PushStatus.WRITTEN
 
 
 def test_closing_leaves_no_thread_and_no_descriptor() -> None:
@@ -474,8 +497,9 @@ def secured(**files: Any) -> TransferConfig:
 
 
 @contextmanager
-def a_secured_intake(memory: HostMemory) -> Iterator[TcpIntake]:
-    intake = TcpIntake(memory, epoch=EPOCH, config=secured(**SECURED))
+def a_secured_intake(memory: HostMemory, *, timeout_s: float = 1.0) -> Iterator[TcpIntake]:
+    config = replace(secured(**SECURED), data_timeout_s=timeout_s)
+    intake = TcpIntake(memory, epoch=EPOCH, config=config)
     intake.open(WriteWindow(LEASE_ID, (3, 9, 1), 2, 11))
     try:
         yield intake
@@ -528,6 +552,31 @@ def test_a_sender_that_is_not_vouched_for_is_kept_out(files: dict[str, str]) -> 
         writer.close()
         eventually(lambda: intake.dropped == {"tls": 1})
         assert not memory.rows().any()
+
+
+def test_who_says_nothing_where_tls_is_spoken_is_cut_off() -> None:
+    with (
+        HostMemory() as memory,
+        a_secured_intake(memory, timeout_s=0.1) as intake,
+        connected(intake) as sock,
+    ):
+        assert is_closed(sock)
+        eventually(lambda: intake.dropped == {"tls": 1})
+
+
+@pytest.mark.parametrize("num_sent", [0, 10, PREFIX_BYTES + 10])
+def test_a_sender_that_falls_silent_behind_tls_is_cut_off(num_sent: int) -> None:
+    context = client_context(secured(**SECURED))
+    assert context is not None
+    with (
+        HostMemory() as memory,
+        a_secured_intake(memory, timeout_s=0.1) as intake,
+        connected(intake) as plain,
+        context.wrap_socket(plain) as sock,
+    ):
+        sock.sendall((GOOD.to_bytes() + bytes(BLOCK_BYTES))[:num_sent])
+        eventually(lambda: intake.dropped == {"stalled": 1})
+        assert intake.fence(LEASE_ID, is_forced=False)
 
 
 def test_a_receiver_that_is_not_vouched_for_gets_nothing() -> None:
