@@ -6,8 +6,6 @@ no block go while one is under way. Frames come over a TCP connection, with addr
 payload.
 """
 
-import time
-
 from engine.errors import PeerUnavailableError
 from kv_transfer.blocks import host_blocks
 from kv_transfer.config import TransferConfig
@@ -74,6 +72,7 @@ class NixlIntake:
         self._gate.forget(lease_id)
 
     def close(self) -> None:
+        self.agent.stop()
         self._listener.close()
         self.agent.close()
 
@@ -107,7 +106,7 @@ class _FetchedBody:
         offsets, lengths = region.runs_of(block_ids, grain, WHOLE_RUN)
         if len(offsets) != len(addresses):
             raise FrameError("bad_addresses")
-        self._intake.agent.read(self._name, addresses, offsets, lengths, idle=lambda: time.sleep(0))
+        self._intake.agent.read(self._name, addresses, offsets, lengths)
         if FrameFlag.CHECKSUM in header.flags:
             pool = blocks.flat.data
             runs = zip(offsets.tolist(), lengths.tolist(), strict=True)

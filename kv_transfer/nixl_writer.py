@@ -1,19 +1,22 @@
 """Data plane over NIXL, sender's end: says where the blocks are, and the receiver reads them."""
 
+import contextlib
 import select
 import socket
+import time
 
 from engine.kv_cache.layout import KvLayout
 from kv_transfer.blocks import HostBlocks
 from kv_transfer.frame_writer import FrameWriter
-from kv_transfer.nixl_agent import NixlAgent
+from kv_transfer.nixl_agent import POLL_S, NixlAgent
 from kv_transfer.nixl_intake import FETCH_BYTES, WHOLE_RUN
 from kv_transfer.nixl_wire import addresses_to_bytes, greeting
 from kv_transfer.runs import Piece
 from kv_transfer.sending_connection import FrameContent, Push, SendingConnection
 from kv_transfer.stream import TICK_S
 
-POLL_S = 50e-6
+LINGER_S = 0.5
+"""A read that is under way when a push is given up keeps the receiver's blocks until it ends."""
 
 
 class NixlWriter(FrameWriter):
@@ -69,8 +72,24 @@ class _FetchedSource:
         """Serve the receiver's reads; its lease is what ends the wait for one that is stuck."""
         num_polls_per_tick = round(TICK_S / POLL_S)
         num_polls = 0
-        while not select.select([sock], [], [], POLL_S)[0]:
+        try:
+            while not select.select([sock], [], [], POLL_S)[0]:
+                self._agent.progress()
+                num_polls += 1
+                if num_polls % num_polls_per_tick == 0:
+                    push.check()
+        finally:
+            self._linger(sock)
+
+    def _linger(self, sock: socket.socket) -> None:
+        """Without an answer, serve for a moment the read that may be under way."""
+        end_s = time.monotonic() + LINGER_S
+        while not _is_answered(sock) and time.monotonic() < end_s:
             self._agent.progress()
-            num_polls += 1
-            if num_polls % num_polls_per_tick == 0:
-                push.check()
+            time.sleep(POLL_S)
+
+
+def _is_answered(sock: socket.socket) -> bool:
+    with contextlib.suppress(OSError):
+        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+    return False
