@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -55,6 +56,7 @@ class RemoteRank:
         self._stub = pb_grpc.KvRankServiceStub(channel)
         self._timeout_s = timeout_s
         self._write_ids = itertools.count(1)
+        self._dropped: Counter[str] = Counter()
         self._calls: set[aio.UnaryUnaryCall[Any, Any]] = set()
 
     async def __aenter__(self) -> Self:
@@ -74,8 +76,8 @@ class RemoteRank:
 
     @property
     def dropped(self) -> Mapping[str, int]:
-        """Not known here; the rank logs each one."""
-        return {}
+        """As of the last lease that ended."""
+        return self._dropped
 
     async def start(self, epoch: int) -> RankOffer:
         request = pb.StartReceivingRequest(epoch=epoch)
@@ -92,10 +94,13 @@ class RemoteRank:
         request = pb.FenceRequest(lease_id=lease_id)
         while True:
             try:
-                await self._reach(lambda: self._stub.Fence(request, timeout=self._timeout_s))
+                response = await self._reach(
+                    lambda: self._stub.Fence(request, timeout=self._timeout_s)
+                )
             except DeadlineError:
                 logger.warning("%s has not fenced lease %d yet", self.name, lease_id)
             else:
+                self._dropped |= Counter(response.dropped_connections)  # none of them ever falls
                 return
 
     async def forget(self, lease_ids: Sequence[int]) -> None:

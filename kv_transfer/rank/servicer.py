@@ -86,7 +86,7 @@ class KvRankServicer(pb_grpc.KvRankServiceServicer):
         context: aio.ServicerContext[pb.FenceRequest, pb.FenceResponse],
     ) -> pb.FenceResponse:
         await self._receiving.fence(rank_convert.lease_id_from(request.lease_id))
-        return pb.FenceResponse()
+        return pb.FenceResponse(dropped_connections=self._receiving.dropped)
 
     async def Forget(
         self,

@@ -406,6 +406,20 @@ async def test_a_window_that_comes_after_its_fence_stays_shut() -> None:
         await remote.forget([5])
 
 
+async def test_a_rank_says_with_a_lease_s_end_which_connections_it_dropped() -> None:
+    async with a_rank() as (servicer, remote, _):
+        offer = await remote.start(7)
+        assert offer.tcp is not None
+        _, stranger = await asyncio.open_connection(offer.tcp.host, offer.tcp.port)
+        stranger.write(bytes(1000))
+        await until(lambda: bool(servicer._receiving.dropped))
+        assert remote.dropped == {}
+        await remote.fence(5)
+        await remote.fence(6)
+        assert remote.dropped == {"bad_magic": 1}
+        stranger.transport.abort()
+
+
 def a_target(**changes: Any) -> pb.KvTarget:
     target = Target("decode-0", RankOffer(None, None), TINY_LAYOUT, 16, "h:1", WHOLE)
     message = convert.target_to_pb(target)

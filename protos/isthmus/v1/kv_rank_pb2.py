@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from protos.isthmus.v1 import kv_transfer_pb2 as protos_dot_isthmus_dot_v1_dot_kv__transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/isthmus/v1/kv_rank.proto\x12\nisthmus.v1\x1a#protos/isthmus/v1/kv_transfer.proto\"&\n\x15StartReceivingRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x83\x01\n\x16StartReceivingResponse\x12!\n\x03shm\x18\x01 \x01(\x0b\x32\x14.isthmus.v1.ShmOffer\x12!\n\x03tcp\x18\x02 \x01(\x0b\x32\x14.isthmus.v1.TcpOffer\x12#\n\x04nixl\x18\x03 \x01(\x0b\x32\x15.isthmus.v1.NixlOffer\"`\n\x11OpenWindowRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x11\n\tblock_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\x12\x11\n\tend_token\x18\x04 \x01(\r\"\x14\n\x12OpenWindowResponse\" \n\x0c\x46\x65nceRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"\x0f\n\rFenceResponse\"\"\n\rForgetRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\x04\"\x10\n\x0e\x46orgetResponse\"8\n\x0fOpenLinkRequest\x12%\n\x07targets\x18\x01 \x03(\x0b\x32\x14.isthmus.v1.KvTarget\"\xf7\x01\n\x08KvTarget\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.isthmus.v1.KvLayout\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12!\n\x03shm\x18\x04 \x01(\x0b\x32\x14.isthmus.v1.ShmOffer\x12!\n\x03tcp\x18\x05 \x01(\x0b\x32\x14.isthmus.v1.TcpOffer\x12#\n\x04nixl\x18\x08 \x01(\x0b\x32\x15.isthmus.v1.NixlOffer\x12\x14\n\x0cpeer_address\x18\x06 \x01(\t\x12\"\n\x05\x62oxes\x18\x07 \x03(\x0b\x32\x13.isthmus.v1.BoxPair\"\x86\x01\n\x07\x42oxPair\x12\x14\n\x0csource_layer\x18\x01 \x01(\r\x12\x14\n\x0ctarget_layer\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x13\n\x0bsource_head\x18\x04 \x01(\r\x12\x13\n\x0btarget_head\x18\x05 \x01(\r\x12\x11\n\tnum_heads\x18\x06 \x01(\r\"R\n\x10OpenLinkResponse\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x64\x61ta_planes\x18\x02 \x03(\t\x12\x18\n\x10\x66\x61llback_reasons\x18\x03 \x03(\t\"\x8f\x01\n\x0cWriteRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\x12\x10\n\x08write_id\x18\x02 \x01(\x04\x12\x10\n\x08lease_id\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x15\n\rlease_left_ns\x18\x05 \x01(\x04\x12$\n\x05slots\x18\x06 \x03(\x0b\x32\x15.isthmus.v1.SlotRange\"x\n\tSlotRange\x12\x16\n\x0elocal_block_id\x18\x01 \x01(\r\x12\x12\n\nlocal_slot\x18\x02 \x01(\r\x12\x17\n\x0fremote_block_id\x18\x03 \x01(\r\x12\x13\n\x0bremote_slot\x18\x04 \x01(\r\x12\x11\n\tnum_slots\x18\x05 \x01(\r\"\"\n\rWriteResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"=\n\x12\x41\x64justWriteRequest\x12\x10\n\x08write_id\x18\x01 \x01(\x04\x12\x15\n\rlease_left_ns\x18\x02 \x01(\x04\"\x15\n\x13\x41\x64justWriteResponse\"#\n\x10\x43loseLinkRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\"\x13\n\x11\x43loseLinkResponse2\xd3\x04\n\rKvRankService\x12W\n\x0eStartReceiving\x12!.isthmus.v1.StartReceivingRequest\x1a\".isthmus.v1.StartReceivingResponse\x12K\n\nOpenWindow\x12\x1d.isthmus.v1.OpenWindowRequest\x1a\x1e.isthmus.v1.OpenWindowResponse\x12<\n\x05\x46\x65nce\x12\x18.isthmus.v1.FenceRequest\x1a\x19.isthmus.v1.FenceResponse\x12?\n\x06\x46orget\x12\x19.isthmus.v1.ForgetRequest\x1a\x1a.isthmus.v1.ForgetResponse\x12\x45\n\x08OpenLink\x12\x1b.isthmus.v1.OpenLinkRequest\x1a\x1c.isthmus.v1.OpenLinkResponse\x12<\n\x05Write\x12\x18.isthmus.v1.WriteRequest\x1a\x19.isthmus.v1.WriteResponse\x12N\n\x0b\x41\x64justWrite\x12\x1e.isthmus.v1.AdjustWriteRequest\x1a\x1f.isthmus.v1.AdjustWriteResponse\x12H\n\tCloseLink\x12\x1c.isthmus.v1.CloseLinkRequest\x1a\x1d.isthmus.v1.CloseLinkResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/isthmus/v1/kv_rank.proto\x12\nisthmus.v1\x1a#protos/isthmus/v1/kv_transfer.proto\"&\n\x15StartReceivingRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x83\x01\n\x16StartReceivingResponse\x12!\n\x03shm\x18\x01 \x01(\x0b\x32\x14.isthmus.v1.ShmOffer\x12!\n\x03tcp\x18\x02 \x01(\x0b\x32\x14.isthmus.v1.TcpOffer\x12#\n\x04nixl\x18\x03 \x01(\x0b\x32\x15.isthmus.v1.NixlOffer\"`\n\x11OpenWindowRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\x12\x11\n\tblock_ids\x18\x02 \x03(\r\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\x12\x11\n\tend_token\x18\x04 \x01(\r\"\x14\n\x12OpenWindowResponse\" \n\x0c\x46\x65nceRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\x04\"\x9a\x01\n\rFenceResponse\x12N\n\x13\x64ropped_connections\x18\x01 \x03(\x0b\x32\x31.isthmus.v1.FenceResponse.DroppedConnectionsEntry\x1a\x39\n\x17\x44roppedConnectionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\"\n\rForgetRequest\x12\x11\n\tlease_ids\x18\x01 \x03(\x04\"\x10\n\x0e\x46orgetResponse\"8\n\x0fOpenLinkRequest\x12%\n\x07targets\x18\x01 \x03(\x0b\x32\x14.isthmus.v1.KvTarget\"\xf7\x01\n\x08KvTarget\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x06layout\x18\x02 \x01(\x0b\x32\x14.isthmus.v1.KvLayout\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12!\n\x03shm\x18\x04 \x01(\x0b\x32\x14.isthmus.v1.ShmOffer\x12!\n\x03tcp\x18\x05 \x01(\x0b\x32\x14.isthmus.v1.TcpOffer\x12#\n\x04nixl\x18\x08 \x01(\x0b\x32\x15.isthmus.v1.NixlOffer\x12\x14\n\x0cpeer_address\x18\x06 \x01(\t\x12\"\n\x05\x62oxes\x18\x07 \x03(\x0b\x32\x13.isthmus.v1.BoxPair\"\x86\x01\n\x07\x42oxPair\x12\x14\n\x0csource_layer\x18\x01 \x01(\r\x12\x14\n\x0ctarget_layer\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x13\n\x0bsource_head\x18\x04 \x01(\r\x12\x13\n\x0btarget_head\x18\x05 \x01(\r\x12\x11\n\tnum_heads\x18\x06 \x01(\r\"R\n\x10OpenLinkResponse\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x64\x61ta_planes\x18\x02 \x03(\t\x12\x18\n\x10\x66\x61llback_reasons\x18\x03 \x03(\t\"\x8f\x01\n\x0cWriteRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\x12\x10\n\x08write_id\x18\x02 \x01(\x04\x12\x10\n\x08lease_id\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x15\n\rlease_left_ns\x18\x05 \x01(\x04\x12$\n\x05slots\x18\x06 \x03(\x0b\x32\x15.isthmus.v1.SlotRange\"x\n\tSlotRange\x12\x16\n\x0elocal_block_id\x18\x01 \x01(\r\x12\x12\n\nlocal_slot\x18\x02 \x01(\r\x12\x17\n\x0fremote_block_id\x18\x03 \x01(\r\x12\x13\n\x0bremote_slot\x18\x04 \x01(\r\x12\x11\n\tnum_slots\x18\x05 \x01(\r\"\"\n\rWriteResponse\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"=\n\x12\x41\x64justWriteRequest\x12\x10\n\x08write_id\x18\x01 \x01(\x04\x12\x15\n\rlease_left_ns\x18\x02 \x01(\x04\"\x15\n\x13\x41\x64justWriteResponse\"#\n\x10\x43loseLinkRequest\x12\x0f\n\x07link_id\x18\x01 \x01(\x04\"\x13\n\x11\x43loseLinkResponse2\xd3\x04\n\rKvRankService\x12W\n\x0eStartReceiving\x12!.isthmus.v1.StartReceivingRequest\x1a\".isthmus.v1.StartReceivingResponse\x12K\n\nOpenWindow\x12\x1d.isthmus.v1.OpenWindowRequest\x1a\x1e.isthmus.v1.OpenWindowResponse\x12<\n\x05\x46\x65nce\x12\x18.isthmus.v1.FenceRequest\x1a\x19.isthmus.v1.FenceResponse\x12?\n\x06\x46orget\x12\x19.isthmus.v1.ForgetRequest\x1a\x1a.isthmus.v1.ForgetResponse\x12\x45\n\x08OpenLink\x12\x1b.isthmus.v1.OpenLinkRequest\x1a\x1c.isthmus.v1.OpenLinkResponse\x12<\n\x05Write\x12\x18.isthmus.v1.WriteRequest\x1a\x19.isthmus.v1.WriteResponse\x12N\n\x0b\x41\x64justWrite\x12\x1e.isthmus.v1.AdjustWriteRequest\x1a\x1f.isthmus.v1.AdjustWriteResponse\x12H\n\tCloseLink\x12\x1c.isthmus.v1.CloseLinkRequest\x1a\x1d.isthmus.v1.CloseLinkResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.isthmus.v1.kv_rank_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_FENCERESPONSE_DROPPEDCONNECTIONSENTRY']._loaded_options = None
+  _globals['_FENCERESPONSE_DROPPEDCONNECTIONSENTRY']._serialized_options = b'8\001'
   _globals['_STARTRECEIVINGREQUEST']._serialized_start=84
   _globals['_STARTRECEIVINGREQUEST']._serialized_end=122
   _globals['_STARTRECEIVINGRESPONSE']._serialized_start=125
@@ -42,34 +44,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_OPENWINDOWRESPONSE']._serialized_end=376
   _globals['_FENCEREQUEST']._serialized_start=378
   _globals['_FENCEREQUEST']._serialized_end=410
-  _globals['_FENCERESPONSE']._serialized_start=412
-  _globals['_FENCERESPONSE']._serialized_end=427
-  _globals['_FORGETREQUEST']._serialized_start=429
-  _globals['_FORGETREQUEST']._serialized_end=463
-  _globals['_FORGETRESPONSE']._serialized_start=465
-  _globals['_FORGETRESPONSE']._serialized_end=481
-  _globals['_OPENLINKREQUEST']._serialized_start=483
-  _globals['_OPENLINKREQUEST']._serialized_end=539
-  _globals['_KVTARGET']._serialized_start=542
-  _globals['_KVTARGET']._serialized_end=789
-  _globals['_BOXPAIR']._serialized_start=792
-  _globals['_BOXPAIR']._serialized_end=926
-  _globals['_OPENLINKRESPONSE']._serialized_start=928
-  _globals['_OPENLINKRESPONSE']._serialized_end=1010
-  _globals['_WRITEREQUEST']._serialized_start=1013
-  _globals['_WRITEREQUEST']._serialized_end=1156
-  _globals['_SLOTRANGE']._serialized_start=1158
-  _globals['_SLOTRANGE']._serialized_end=1278
-  _globals['_WRITERESPONSE']._serialized_start=1280
-  _globals['_WRITERESPONSE']._serialized_end=1314
-  _globals['_ADJUSTWRITEREQUEST']._serialized_start=1316
-  _globals['_ADJUSTWRITEREQUEST']._serialized_end=1377
-  _globals['_ADJUSTWRITERESPONSE']._serialized_start=1379
-  _globals['_ADJUSTWRITERESPONSE']._serialized_end=1400
-  _globals['_CLOSELINKREQUEST']._serialized_start=1402
-  _globals['_CLOSELINKREQUEST']._serialized_end=1437
-  _globals['_CLOSELINKRESPONSE']._serialized_start=1439
-  _globals['_CLOSELINKRESPONSE']._serialized_end=1458
-  _globals['_KVRANKSERVICE']._serialized_start=1461
-  _globals['_KVRANKSERVICE']._serialized_end=2056
+  _globals['_FENCERESPONSE']._serialized_start=413
+  _globals['_FENCERESPONSE']._serialized_end=567
+  _globals['_FENCERESPONSE_DROPPEDCONNECTIONSENTRY']._serialized_start=510
+  _globals['_FENCERESPONSE_DROPPEDCONNECTIONSENTRY']._serialized_end=567
+  _globals['_FORGETREQUEST']._serialized_start=569
+  _globals['_FORGETREQUEST']._serialized_end=603
+  _globals['_FORGETRESPONSE']._serialized_start=605
+  _globals['_FORGETRESPONSE']._serialized_end=621
+  _globals['_OPENLINKREQUEST']._serialized_start=623
+  _globals['_OPENLINKREQUEST']._serialized_end=679
+  _globals['_KVTARGET']._serialized_start=682
+  _globals['_KVTARGET']._serialized_end=929
+  _globals['_BOXPAIR']._serialized_start=932
+  _globals['_BOXPAIR']._serialized_end=1066
+  _globals['_OPENLINKRESPONSE']._serialized_start=1068
+  _globals['_OPENLINKRESPONSE']._serialized_end=1150
+  _globals['_WRITEREQUEST']._serialized_start=1153
+  _globals['_WRITEREQUEST']._serialized_end=1296
+  _globals['_SLOTRANGE']._serialized_start=1298
+  _globals['_SLOTRANGE']._serialized_end=1418
+  _globals['_WRITERESPONSE']._serialized_start=1420
+  _globals['_WRITERESPONSE']._serialized_end=1454
+  _globals['_ADJUSTWRITEREQUEST']._serialized_start=1456
+  _globals['_ADJUSTWRITEREQUEST']._serialized_end=1517
+  _globals['_ADJUSTWRITERESPONSE']._serialized_start=1519
+  _globals['_ADJUSTWRITERESPONSE']._serialized_end=1540
+  _globals['_CLOSELINKREQUEST']._serialized_start=1542
+  _globals['_CLOSELINKREQUEST']._serialized_end=1577
+  _globals['_CLOSELINKRESPONSE']._serialized_start=1579
+  _globals['_CLOSELINKRESPONSE']._serialized_end=1598
+  _globals['_KVRANKSERVICE']._serialized_start=1601
+  _globals['_KVRANKSERVICE']._serialized_end=2196
 # @@protoc_insertion_point(module_scope)

@@ -46,8 +46,17 @@ class FenceRequest(_message.Message):
     def __init__(self, lease_id: _Optional[int] = ...) -> None: ...
 
 class FenceResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("dropped_connections",)
+    class DroppedConnectionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    DROPPED_CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    dropped_connections: _containers.ScalarMap[str, int]
+    def __init__(self, dropped_connections: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class ForgetRequest(_message.Message):
     __slots__ = ("lease_ids",)
