@@ -1,7 +1,7 @@
 """Leases on decode's blocks while somebody else writes them. Pure bookkeeping; one thread."""
 
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -54,6 +54,8 @@ class LeaseTable:
         self._new_id = new_id
         self._leases: dict[int, Lease] = {}
         self._held: dict[str, Lease] = {}
+        self._remembered: deque[tuple[float, int]] = deque()
+        """Until when, and the lease's id; in the order of their ends."""
         self.ended: Counter[LeaseEvent] = Counter()
         """Leases that had been granted, by why they ended."""
 
@@ -135,7 +137,7 @@ class LeaseTable:
     def finish_commit(self, lease: Lease) -> None:
         self._move(lease, LeaseEvent.COMMITTED)
         self._end(lease, LeaseEvent.COMMITTED)
-        del self._held[lease.request_id]
+        self._remember(lease)
 
     def revoke(self, lease: Lease, reason: LeaseEvent) -> bool:
         """Into quarantine; False when the lease has ended or is there already."""
@@ -160,19 +162,25 @@ class LeaseTable:
     def freed(self, lease: Lease) -> None:
         """The blocks of a revoked lease are back in the pool: no write can reach them."""
         self._move(lease, LeaseEvent.FENCED)
-        del self._held[lease.request_id]
+        self._remember(lease)
 
     def purge(self) -> list[int]:
-        """Drop leases that ended more than `retention_s` ago, by the end of their time."""
+        """Drop leases whose time has been over for `retention_s`; looks at these and one more."""
         now_s = self._clock()
-        old = [
-            lease_id
-            for lease_id, lease in self._leases.items()
-            if LEASES.is_final(lease.state) and now_s >= lease.expires_s + self._retention_s
-        ]
-        for lease_id in old:
+        old = []
+        while self._remembered and now_s >= self._remembered[0][0]:
+            _, lease_id = self._remembered.popleft()
             del self._leases[lease_id]
+            old.append(lease_id)
         return old
+
+    def _remember(self, lease: Lease) -> None:
+        """Nothing happens to the lease any more, and its request may hold another one."""
+        assert LEASES.is_final(lease.state), f"lease {lease.lease_id} is {lease.state}"
+        del self._held[lease.request_id]
+        # Not before its deadline, which is all that keeps writers out after the fence is forgotten.
+        until_s = self._clock() + self._max_lease_s + self._retention_s
+        self._remembered.append((until_s, lease.lease_id))
 
     def _end(self, lease: Lease, reason: LeaseEvent) -> None:
         lease.end_reason = reason

@@ -1,5 +1,7 @@
 """LeaseTable: nothing leaks, and no block comes back before its writer is fenced."""
 
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -107,6 +109,45 @@ def test_ended_leases_are_remembered_for_a_while() -> None:
     clock.advance(1)
     assert table.purge() == [lease.lease_id]
     assert table.get(lease.lease_id) is None
+
+
+def test_no_lease_is_forgotten_before_its_deadline_and_a_long_one_stops_no_other() -> None:
+    clock = FakeClock()
+    table = LeaseTable(clock, max_lease_s=300.0, max_hold_s=300.0, retention_s=60.0)
+    short, long = grant(table, "short"), grant(table, "long", lease_s=300.0)
+    for lease in (long, short):
+        table.revoke(lease, LeaseEvent.RELEASED)
+        table.freed(lease)
+    clock.advance(359)
+    assert table.purge() == []
+    clock.advance(1)
+    assert table.purge() == [long.lease_id, short.lease_id]
+
+
+class CountingDict(dict[int, Lease]):
+    """Counts how many of its entries were looked through."""
+
+    num_seen = 0
+
+    def items(self) -> Any:
+        self.num_seen += len(self)
+        return super().items()
+
+
+def test_the_sweep_looks_at_no_lease_that_ended_a_short_while_ago() -> None:
+    clock = FakeClock()
+    table = table_with(clock)
+    leases = table._leases = CountingDict()
+    for index in range(500):
+        lease = grant(table, f"r{index}")
+        table.begin_commit(lease)
+        table.finish_commit(lease)
+        clock.advance(0.01)
+        assert table.purge() == []
+    assert (len(leases), leases.num_seen) == (500, 0)
+    clock.advance(62.5)
+    assert len(table.purge()) == 250
+    assert len(leases) == len(table._remembered) == 250
 
 
 def test_an_impossible_move_is_a_bug() -> None:
