@@ -55,7 +55,8 @@ def worker_main(
             endpoint = os.environ.get(OTLP_ENDPOINT_VARIABLE, "")
             settings["worker"] = replace(worker, otlp_endpoint=endpoint)
         path = locate_model(worker.model, cache_dir=default_cache_dir(os.environ))
-        uvloop.run(_check_redis(worker.redis_url))
+        if _is_rank_0(os.environ):  # the others need none
+            uvloop.run(_check_redis(worker.redis_url))
         serve = load_serve()
     except Exception as error:  # noqa: BLE001 - the last frame of the process
         return report_failure(error)
@@ -70,5 +71,8 @@ async def _check_redis(url: str) -> None:
 
 def _name_in_logs(role: str, environment: Mapping[str, str]) -> str:
     """Rank 0 is the worker; the other ranks say who they are."""
-    rank = environment.get("RANK", "0")
-    return role if rank == "0" else f"{role} rank {rank}"
+    return role if _is_rank_0(environment) else f"{role} rank {environment['RANK']}"
+
+
+def _is_rank_0(environment: Mapping[str, str]) -> bool:
+    return environment.get("RANK", "0") == "0"

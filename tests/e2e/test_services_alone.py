@@ -108,10 +108,11 @@ async def test_a_rank_whose_checkpoint_lacks_a_tensor_is_named_and_nothing_serve
         assert not await redis.keys("*worker*"), "it was never in the registry"
 
 
-async def refused(tmp_path: Path, parallel: str, environment: dict[str, str]) -> str:
+async def refused(
+    tmp_path: Path, redis_url: str, parallel: str, environment: dict[str, str]
+) -> str:
     """What a worker says that ends before it has read anything."""
     model = tiny_checkpoint(tmp_path)
-    redis_url = "redis://127.0.0.1:1"
     async with services_of(model, redis_url, tmp_path) as services:
         process = await services.start(
             "worker", "decode", "--parallel", parallel, environment=environment
@@ -122,30 +123,36 @@ async def refused(tmp_path: Path, parallel: str, environment: dict[str, str]) ->
         return told
 
 
-async def test_a_world_size_that_is_not_the_layouts_is_refused(tmp_path: Path) -> None:
-    told = await refused(tmp_path, "tp=3", rank_environment(0, 2, free_port()))
+async def test_a_world_size_that_is_not_the_layouts_is_refused(
+    tmp_path: Path, redis_url: str
+) -> None:
+    told = await refused(tmp_path, redis_url, "tp=3", rank_environment(0, 2, free_port()))
     assert told == (
         "error: WORLD_SIZE is 2, but the layout tp=3 has 3 ranks: start 3 processes, or give a "
         "layout of 2"
     )
 
 
-async def test_ranks_that_nobody_started_are_refused(tmp_path: Path) -> None:
+async def test_ranks_that_nobody_started_are_refused(tmp_path: Path, redis_url: str) -> None:
     assert "RANK" not in os.environ
-    told = await refused(tmp_path, "tp=2", {})
+    told = await refused(tmp_path, redis_url, "tp=2", {})
     assert "the layout tp=2 has 2 ranks, but RANK is not set" in told
 
 
-async def test_a_layout_that_the_model_does_not_allow_is_refused(tmp_path: Path) -> None:
-    told = await refused(tmp_path, "tp=6", rank_environment(0, 6, free_port()))
+async def test_a_layout_that_the_model_does_not_allow_is_refused(
+    tmp_path: Path, redis_url: str
+) -> None:
+    told = await refused(tmp_path, redis_url, "tp=6", rank_environment(0, 6, free_port()))
     assert "tp=6 needs tp at most 4: tensor parallelism splits 4 query heads" in told
     assert "use tp=4 or tp=3,pp=2" in told
 
 
-async def test_an_address_that_is_another_workers_is_refused(tmp_path: Path) -> None:
+async def test_an_address_that_is_another_workers_is_refused(
+    tmp_path: Path, redis_url: str
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        told = await refused(tmp_path, "tp=2", rank_environment(0, 2, port))
+        told = await refused(tmp_path, redis_url, "tp=2", rank_environment(0, 2, port))
     assert f"rank 0 cannot keep the ranks' store on 127.0.0.1:{port}" in told
     assert "Each needs a MASTER_PORT of its own" in told
 

@@ -109,7 +109,7 @@ def test_a_rank_that_cannot_load_its_part_is_named(model: Path, run_parent: Path
     save_file(tensors, weights)
     flags = ("--prefill-parallel", "pp=2", "--decode-parallel", "pp=2")
     told = refused(run_parent, "--model", str(model), *flags)
-    assert re.match("(prefill|decode)-0 rank 1 could not start: ", told)
+    assert re.match(r"(prefill|decode)-0 rank \d could not start: ", told)  # all of them look
     assert "lacks model.norm.weight" in told
 
 
