@@ -2,7 +2,8 @@
 
 A file appears under its name only when it is whole (written elsewhere, then renamed) and is
 believed only when its checksum fits, so nothing needs to be flushed and a crash costs nothing.
-What a store finds in its folder at start it has.
+What a store finds in its folder at start it has. Nobody but its user may read the files: KV tells
+of prompts.
 """
 
 import contextlib
@@ -51,6 +52,8 @@ class Spill:
         self._lock = threading.Lock()
         self._on_disk: OrderedDict[bytes, None] = OrderedDict()
         self._waiting: dict[bytes, bytes] = {}
+        self._writing: bytes | None = None
+        """Of those that wait, the one that the thread is at."""
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_for_ever, name="kv-spill", daemon=True)
         self._stack = contextlib.ExitStack()
@@ -58,7 +61,7 @@ class Spill:
     def __enter__(self) -> Self:
         """Raises ValueError when another store has the folder, or it cannot be used."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(0o700, parents=True, exist_ok=True)
             fd = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ValueError(f"spill_dir {self._folder}: {error.strerror}") from error
@@ -87,7 +90,11 @@ class Spill:
         return len(self._on_disk) * (self._block_bytes + CHECKSUM_BYTES)
 
     def put(self, block_hash: bytes, data: memoryview) -> None:
-        """Copy a block and write it soon; it is dropped when too many wait already."""
+        """Copy a block and write it soon.
+
+        When too many wait, the one that waits longest is dropped: tails are evicted before their
+        heads, and are of no use without them.
+        """
         with self._lock:
             if block_hash in self._on_disk:
                 self._on_disk.move_to_end(block_hash)
@@ -96,7 +103,10 @@ class Spill:
                 return
             if len(self._waiting) >= self._max_waiting:
                 self.dropped["disk_too_slow"] += 1
-                return
+                oldest = next((each for each in self._waiting if each != self._writing), None)
+                if oldest is None:
+                    return
+                del self._waiting[oldest]
             self._waiting[block_hash] = bytes(data)
         self._queue.put(block_hash)
 
@@ -140,11 +150,16 @@ class Spill:
 
     def _write_for_ever(self) -> None:
         while (block_hash := self._queue.get()) is not None:
-            data = self._waiting[block_hash]
+            with self._lock:
+                data = self._waiting.get(block_hash)
+                self._writing = block_hash
+            if data is None:  # dropped since
+                continue
             try:
                 self._make_room(1)
                 partial = self._folder / f"{block_hash.hex()}.part"
-                partial.write_bytes(_checksum(block_hash, data) + data)
+                with open(partial, "wb", opener=_private) as file:
+                    file.write(_checksum(block_hash, data) + data)
                 partial.replace(self._path(block_hash))
                 is_written = True
             except OSError as error:
@@ -155,6 +170,7 @@ class Spill:
                 if is_written:
                     self._on_disk[block_hash] = None
                 del self._waiting[block_hash]
+                self._writing = None
 
     def _make_room(self, num_new: int) -> None:
         while True:
@@ -172,6 +188,11 @@ class Spill:
 
     def _path(self, block_hash: bytes) -> Path:
         return self._folder / f"{block_hash.hex()}.kv"
+
+
+def _private(path: str, flags: int) -> int:
+    """An opener: what is made can be read by its user only."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 def _checksum(block_hash: bytes, data: bytes) -> bytes:

@@ -1,5 +1,7 @@
 """Blocks on disk: whole or not at all, within bounds, found again by the next store."""
 
+import os
+import stat
 import threading
 from pathlib import Path
 
@@ -28,6 +30,21 @@ def spill_of(folder: Path, *, num_blocks: int = 4) -> Spill:
 def put(spill: Spill, *indices: int) -> None:
     for index in indices:
         spill.put(name(index), memoryview(content(index)))
+
+
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """The thread tells when it has begun to write, and goes on when it is told to."""
+    entered, gate = threading.Event(), threading.Event()
+    make_room = Spill._make_room
+
+    def slow(spill: Spill, num_new: int) -> None:
+        if num_new:
+            entered.set()
+            gate.wait(10)
+        make_room(spill, num_new)
+
+    monkeypatch.setattr(Spill, "_make_room", slow)
+    return entered, gate
 
 
 def test_blocks_come_back_as_they_were_and_outlive_the_store(tmp_path):
@@ -108,23 +125,45 @@ def test_what_a_crash_left_half_written_is_removed(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"lock", "notes.txt"}
 
 
-def test_slow_disk_loses_blocks_and_counts_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(spill_module, "MAX_WAITING_BYTES", 2 * BLOCK_BYTES)
-    gate = threading.Event()
-    make_room = Spill._make_room
-
-    def slow(spill: Spill, num_new: int) -> None:
-        if num_new:
-            gate.wait(10)
-        make_room(spill, num_new)
-
-    monkeypatch.setattr(Spill, "_make_room", slow)
+def test_slow_disk_loses_what_was_evicted_first_and_counts_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(spill_module, "MAX_WAITING_BYTES", 3 * BLOCK_BYTES)
+    entered, gate = slow_disk(monkeypatch)
     with spill_of(tmp_path) as spill:
-        put(spill, 1, 2, 3)
-        assert spill.dropped == {"disk_too_slow": 1}
-        assert spill.read(name(2)) == content(2)
+        put(spill, 1)
+        assert entered.wait(10)
+        put(spill, 2, 3, 4, 5)  # of one sequence: the tail first, the head last
+        assert spill.dropped == {"disk_too_slow": 2}
+        assert [spill.read(name(index)) is None for index in range(1, 6)] == [
+            *(False, True, True, False, False)
+        ]
         gate.set()
-    assert len(list(tmp_path.glob("*.kv"))) == 2
+    assert {path.stem for path in tmp_path.glob("*.kv")} == {name(i).hex() for i in (1, 4, 5)}
+
+
+def test_block_that_is_dropped_and_comes_again_is_written_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(spill_module, "MAX_WAITING_BYTES", 2 * BLOCK_BYTES)
+    entered, gate = slow_disk(monkeypatch)
+    with spill_of(tmp_path) as spill:
+        put(spill, 1)
+        assert entered.wait(10)
+        put(spill, 2, 3, 2)
+        gate.set()
+    assert spill.dropped == {"disk_too_slow": 2}
+    with spill_of(tmp_path) as spill:
+        assert [spill.read(name(index)) for index in (1, 2)] == [content(1), content(2)]
+
+
+def test_nobody_else_may_read_what_is_spilled(tmp_path):
+    folder = tmp_path / "store" / "spill"
+    umask = os.umask(0)
+    try:
+        with spill_of(folder) as spill:
+            put(spill, 1)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    files = {path.suffix: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert files == {"": 0o600, ".kv": 0o600}
 
 
 def test_disk_that_refuses_is_counted_and_stops_nothing(tmp_path):
