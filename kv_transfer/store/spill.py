@@ -155,15 +155,17 @@ class Spill:
                 self._writing = block_hash
             if data is None:  # dropped since
                 continue
+            partial = self._folder / f"{block_hash.hex()}.part"
             try:
                 self._make_room(1)
-                partial = self._folder / f"{block_hash.hex()}.part"
                 with open(partial, "wb", opener=_private) as file:
                     file.write(_checksum(block_hash, data) + data)
                 partial.replace(self._path(block_hash))
                 is_written = True
             except OSError as error:
                 logger.warning("block not spilled: %s", error)
+                with contextlib.suppress(OSError):  # a full disk needs the half that is there
+                    partial.unlink(missing_ok=True)
                 self.dropped["write_failed"] += 1
                 is_written = False
             with self._lock:

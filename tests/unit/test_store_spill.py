@@ -1,5 +1,6 @@
 """Blocks on disk: whole or not at all, within bounds, found again by the next store."""
 
+import errno
 import os
 import stat
 import threading
@@ -175,6 +176,17 @@ def test_disk_that_refuses_is_counted_and_stops_nothing(tmp_path):
     assert name(1) not in spill
     (folder / f"{name(1).hex()}.part").rmdir()
     assert [path.stem for path in folder.glob("*.kv")] == [name(2).hex()]
+
+
+def test_full_disk_keeps_no_unfinished_files(tmp_path, monkeypatch):
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with spill_of(tmp_path) as spill:
+        put(spill, 1, 2)
+    assert spill.dropped == {"write_failed": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_folder_belongs_to_one_store(tmp_path):
