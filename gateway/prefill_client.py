@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from grpc import aio
 
 from engine.errors import IsthmusError, PeerUnavailableError
-from mesh.channel import open_channel
+from mesh.channel import is_cancelled, open_channel
 from mesh.status import ERROR_TRAILER, error_from_rpc
 from protos.isthmus.v1.prefill_pb2 import AbortRequest, PrefillRequest, PrefillResponse
 from protos.isthmus.v1.prefill_pb2_grpc import PrefillServiceStub
@@ -51,10 +51,9 @@ class PrefillClient:
         except aio.AioRpcError as error:
             raise _error_from(error) from error
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if is_cancelled():
                 raise
-            raise self._left() from None  # grpc cancels the calls of a channel that is closed
+            raise self._left() from None
         finally:
             call.cancel()
 

@@ -1,13 +1,11 @@
 """An engine whose prompts may come out of a store in part: implements RequestEngine."""
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 
 from engine.errors import DuplicateRequestError, IsthmusError
 from engine.request import Request
 from engine.runtime.commands import (
-    EngineEvent,
     EngineStats,
     ErrorEvent,
     EventSink,
@@ -17,8 +15,7 @@ from engine.runtime.commands import (
 from engine.runtime.engine_thread import EngineThread
 from engine.scheduling.block_hash import block_hashes
 from kv_transfer.prefix.fetcher import PrefixFetcher
-
-logger = logging.getLogger(__name__)
+from kv_transfer.together import to_its_end
 
 
 class FetchingEngine:
@@ -56,6 +53,7 @@ class FetchingEngine:
             name=f"fetch-{request.request_id}",
         )
         self._fetching[request.request_id] = task
+        task.add_done_callback(lambda _: self._fetching.pop(request.request_id))
 
     async def abort(self, request_id: str) -> int:
         await self._stop_fetch(request_id)
@@ -90,20 +88,18 @@ class FetchingEngine:
     async def _fetch_and_submit(
         self, request: Request, mode: SequenceMode, sink: EventSink, hashes: Sequence[bytes]
     ) -> None:
-        events: list[EngineEvent] = []
-        try:
-            events.append(await self._fetcher.fetch(request.request_id, hashes))
-        except Exception:  # a bug must not cost the request: its prompt is computed
-            logger.exception("prefix not fetched request_id=%s", request.request_id)
-        del self._fetching[request.request_id]
-        sink.put(events)
+        sink.put([await self._fetcher.fetch(request.request_id, hashes)])
         try:
             self._engine.submit(request, mode, sink)
         except IsthmusError as error:
             sink.put([ErrorEvent(request.request_id, error)])
 
     async def _stop_fetch(self, request_id: str) -> None:
-        """Returns once the blocks of the fetch are free."""
-        if (task := self._fetching.pop(request_id, None)) is not None:
+        """Returns once the blocks of the fetch are free; its id is taken until then."""
+        if (task := self._fetching.get(request_id)) is not None:
             task.cancel()
-            await asyncio.wait([task])
+            await to_its_end(_end_of(task))
+
+
+async def _end_of(task: asyncio.Task[None]) -> None:
+    await asyncio.wait([task])

@@ -1,6 +1,8 @@
 """Fetches the part of a prompt that a store has and this worker lacks, where that pays."""
 
 import asyncio
+import contextlib
+import logging
 import re
 import time
 from collections import Counter
@@ -10,6 +12,7 @@ from typing import TypeVar
 from engine.errors import (
     CapacityError,
     DeadlineError,
+    EngineDeadError,
     IsthmusError,
     NotReadyError,
     PeerUnavailableError,
@@ -21,7 +24,11 @@ from kv_transfer.prefix.lender import PrefixLender
 from kv_transfer.prefix.stores import Store, Stores
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.reshard import num_handover_bytes
+from kv_transfer.together import to_its_end
+from mesh.channel import is_cancelled
 from protos.isthmus.v1 import kv_store_pb2 as pb
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -86,8 +93,9 @@ class PrefixFetcher:
         )
 
     async def fetch(self, request_id: str, block_hashes: Sequence[bytes]) -> PrefixFetchEvent:
-        """Fill the prefix cache as far as that is cheaper than computing; raises no IsthmusError.
+        """Fill the prefix cache as far as that is cheaper than computing; raises nothing.
 
+        A bug must not cost the request: its prompt is computed, and the reason is `error`.
         Cancelling ends a fetch that is under way; its blocks are free when this returns.
 
         Args:
@@ -104,6 +112,11 @@ class PrefixFetcher:
             reason, has_failed = str(declined), declined.has_failed
         except IsthmusError as error:
             reason, has_failed = _reason_of(error), True
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
+            logger.exception("prefix not fetched request_id=%s", request_id)
+            reason, has_failed = "error", True
         finally:
             self.num_open -= 1
         self.decisions[decision, reason] += 1
@@ -177,29 +190,29 @@ class PrefixFetcher:
     async def _receive(
         self, store: Store, fetch_id: str, block_hashes: Sequence[bytes], taken: Reservation
     ) -> pb.FetchResponse:
-        size = self._layout.block_size_tokens
-        first = taken.num_cached_tokens // size
-        compute_s = self.cost.compute_s((len(block_hashes) - first) * size)
-        timeout_s = FIRST_TIMEOUT_S if compute_s is None else max(MIN_TIMEOUT_S, 2 * compute_s)
-        request = pb.FetchRequest(
-            fetch_id=fetch_id,
-            worker_id=self._worker_id,
-            address=self.address,
-            first_block=first,
-            block_hashes=block_hashes[first:],
-        )
         self._lender.expect(fetch_id, taken)
         try:
+            size = self._layout.block_size_tokens
+            first = taken.num_cached_tokens // size
+            compute_s = self.cost.compute_s((len(block_hashes) - first) * size)
+            timeout_s = FIRST_TIMEOUT_S if compute_s is None else max(MIN_TIMEOUT_S, 2 * compute_s)
+            request = pb.FetchRequest(
+                fetch_id=fetch_id,
+                worker_id=self._worker_id,
+                address=self.address,
+                first_block=first,
+                block_hashes=block_hashes[first:],
+            )
             return await self._ask(store, store.fetch(request, timeout_s=timeout_s))
         finally:
-            # Shielded: the blocks go back even when the caller is cancelled twice.
-            await asyncio.shield(asyncio.ensure_future(self._give_back(fetch_id)))
+            await to_its_end(self._give_back(fetch_id))
 
     async def _give_back(self, fetch_id: str) -> None:
-        """Nothing happens to blocks that were adopted."""
-        await self._receiver.abort(fetch_id)
-        self._lender.forget(fetch_id)
-        await self._engine.cancel_reservation(fetch_id)
+        """Nothing happens to blocks that were adopted; those of a dead engine are nobody's."""
+        with contextlib.suppress(EngineDeadError):
+            await self._receiver.abort(fetch_id)
+            self._lender.forget(fetch_id)
+            await self._engine.cancel_reservation(fetch_id)
 
     async def _ask(self, store: Store, call: Awaitable[T]) -> T:
         try:

@@ -124,6 +124,9 @@ class PrefixPublisher:
         except IsthmusError as error:
             logger.info("prefix not published: %s", error)
             return outcome_of(error)
+        except Exception as error:  # a bug costs a prefix, and not the worker
+            logger.exception("prefix not published publish_id=%s", publish_id)
+            return outcome_of(error)
 
     @asynccontextmanager
     async def _held(

@@ -2,15 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import xxhash
 from grpc import aio
 
-from engine.errors import IsthmusError
-from mesh.channel import open_channel
+from engine.errors import IsthmusError, PeerUnavailableError
+from mesh.channel import is_cancelled, open_channel
 from mesh.status import error_from_rpc
 from protos.isthmus.v1 import kv_store_pb2 as pb
 from protos.isthmus.v1 import kv_store_pb2_grpc as pb_grpc
@@ -18,10 +18,14 @@ from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_STORE, WorkerRecord, Work
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 QUERY_TIMEOUT_S = 0.5
 """Every request that lacks a prefix waits for an answer; a store that takes longer is no help."""
 AVOID_S = 5.0
 """How long a store that failed is left alone."""
+CLOSE_GRACE_S = 5.0
+"""How long calls may go on to a store that left the registry: it drains, and answers them."""
 
 
 class StoreSource(Protocol):
@@ -42,28 +46,39 @@ class Store:
         self.avoided_until_s = 0.0
         self._channel = open_channel(record.address)
         self._calls = pb_grpc.KvStoreServiceStub(self._channel)
+        self._is_closed = False
 
     async def query(self, block_hashes: Sequence[bytes]) -> int:
         """Leading blocks that the store has; raises IsthmusError when it does not say."""
         request = pb.QueryRequest(model_digest=self.model_digest, block_hashes=block_hashes)
-        try:
-            answer = await self._calls.Query(request, timeout=QUERY_TIMEOUT_S)
-        except aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
+        answer = await self._answer(lambda: self._calls.Query(request, timeout=QUERY_TIMEOUT_S))
         num_blocks: int = answer.num_blocks
         return min(num_blocks, len(block_hashes))
 
     async def fetch(self, request: pb.FetchRequest, *, timeout_s: float) -> pb.FetchResponse:
         """Have blocks handed over to this worker; raises IsthmusError when that fails."""
         request.model_digest = self.model_digest
-        try:
-            response: pb.FetchResponse = await self._calls.Fetch(request, timeout=timeout_s)
-        except aio.AioRpcError as error:
-            raise error_from_rpc(error) from error
-        return response
+        return await self._answer(lambda: self._calls.Fetch(request, timeout=timeout_s))
 
     async def aclose(self) -> None:
-        await self._channel.close()
+        """Calls that are open have CLOSE_GRACE_S to end; new ones raise PeerUnavailableError."""
+        self._is_closed = True
+        await self._channel.close(CLOSE_GRACE_S)
+
+    async def _answer(self, call: Callable[[], Awaitable[T]]) -> T:
+        if self._is_closed:
+            raise self._left()
+        try:
+            return await call()
+        except aio.AioRpcError as error:
+            raise error_from_rpc(error) from error
+        except asyncio.CancelledError:
+            if is_cancelled():
+                raise
+            raise self._left() from None
+
+    def _left(self) -> PeerUnavailableError:
+        return PeerUnavailableError(f"store {self.store_id} has left the mesh")
 
 
 class Stores:

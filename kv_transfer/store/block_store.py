@@ -81,13 +81,9 @@ class BlockStore:
             self.shelf.unpin(wanted[: len(block_ids)])
 
     async def _load(self, block_hashes: Sequence[bytes]) -> None:
-        """Bring blocks back from disk into memory, as far as they are sound.
-
-        Raises:
-            CapacityError: memory has no room.
-        """
+        """Bring blocks back from disk into memory, as far as they are sound and have room."""
         while True:
-            delivery = self.shelf.expect(block_hashes)
+            delivery = self.shelf.expect(self.shelf.fitting(block_hashes))
             try:
                 num_read = await self._read(delivery)
             except BaseException:

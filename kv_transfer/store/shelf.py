@@ -93,6 +93,12 @@ class Shelf:
             if filed.num_pins == 0:
                 self._idle[block_hash] = None
 
+    def fitting(self, block_hashes: Sequence[bytes]) -> Sequence[bytes]:
+        """Leading hashes, as many as `expect` has blocks for now."""
+        num_known = len(self._known(block_hashes))
+        num_evictable = self._num_evictable(block_hashes[:num_known])
+        return block_hashes[: num_known + len(self._free) + num_evictable]
+
     def expect(self, block_hashes: Sequence[bytes]) -> Delivery:
         """Blocks for all hashes: leading ones that are here or arriving, then ones to be written.
 
@@ -102,17 +108,10 @@ class Shelf:
         """
         if len(set(block_hashes)) != len(block_hashes):
             raise InvalidRequestError("two blocks of one sequence cannot have one hash")
-        known: list[int] = []
-        for block_hash in block_hashes:
-            if (filed := self._filed.get(block_hash)) is not None:
-                known.append(filed.block_id)
-            elif (arriving := self._arriving.get(block_hash)) is not None:
-                known.append(arriving)
-            else:
-                break
+        known = self._known(block_hashes)
         pinned = tuple(each for each in block_hashes[: len(known)] if each in self._filed)
         num_new = len(block_hashes) - len(known)
-        num_evictable = len(self._idle) - sum(1 for each in pinned if each in self._idle)
+        num_evictable = self._num_evictable(block_hashes[: len(known)])
         if num_new > len(self._free) + num_evictable:
             raise CapacityError(
                 f"need {num_new} blocks, {len(self._free)} are free and {num_evictable} not in use"
@@ -154,6 +153,22 @@ class Shelf:
         assert self.num_arriving >= 0, "more blocks than there are"
         idle = {key for key, entry in self._filed.items() if entry.num_pins == 0}
         assert idle == set(self._idle), "idle blocks are not the unpinned ones"
+
+    def _known(self, block_hashes: Sequence[bytes]) -> list[int]:
+        """Blocks of leading hashes that are here or arriving."""
+        known: list[int] = []
+        for block_hash in block_hashes:
+            if (filed := self._filed.get(block_hash)) is not None:
+                known.append(filed.block_id)
+            elif (arriving := self._arriving.get(block_hash)) is not None:
+                known.append(arriving)
+            else:
+                break
+        return known
+
+    def _num_evictable(self, known_hashes: Sequence[bytes]) -> int:
+        """Blocks that nobody uses, but for these."""
+        return len(self._idle) - sum(1 for each in known_hashes if each in self._idle)
 
     def _end(self, delivery: Delivery) -> None:
         for block_hash, block_id in delivery.new_blocks:

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 import pytest
 from grpc import StatusCode, aio
 
+from engine.errors import DuplicateRequestError, PeerUnavailableError
 from engine.runtime.commands import PrefixFetchEvent, SequenceMode
 from engine.scheduling.block_hash import block_hashes
 from kv_transfer.config import DataPlane
 from kv_transfer.local_sending_rank import LocalLink
 from kv_transfer.plane import WritePermit
+from kv_transfer.prefix import fetcher as fetcher_module
 from kv_transfer.prefix import publisher as publisher_module
+from kv_transfer.prefix import stores as stores_module
+from kv_transfer.prefix.publisher import PrefixPublisher
 from kv_transfer.store.servicer import KvStoreServicer
 from mesh.channel import open_channel
 from protos.isthmus.v1 import kv_store_pb2 as pb
@@ -247,6 +251,116 @@ async def test_damaged_file_shortens_the_prefix(redis, redis_url, tmp_path):
         assert store.held == IDLE
 
 
+async def test_store_gives_what_its_memory_has_room_for(redis, redis_url, tmp_path):
+    """The rest stays on disk: others are reading what else is in memory."""
+    other = list(range(500, 580))
+    async with running_store(redis, num_blocks=5, spill_dir=tmp_path) as store:
+        async with sharing_worker(redis_url) as first:
+            await turn(first, PROMPT, request_id="a")
+            await published(first)
+            await turn(first, other, request_id="b")
+            await published(first, 2)
+        async with (
+            store.blocks.reading(block_hashes(other, SIZE)[:3]) as read,
+            sharing_worker(redis_url) as second,
+        ):
+            assert len(read) == 3
+            await knows_store(second)
+            sink = await second.generate([*PROMPT, 7], request_id="again")
+            assert fetch_event(sink).decision == "fetch"
+            assert fetch_event(sink).num_tokens == 2 * SIZE
+            assert second.cached_kv(PROMPT) == expected_kv(PROMPT, 80)
+        assert store.held == IDLE
+        store.blocks.shelf.check_conservation()
+
+
+# The store leaves while it is asked.
+
+
+class NoStores:
+    """A registry that has lost its stores."""
+
+    def workers(self, role) -> list:
+        return []
+
+    def on_change(self, callback) -> None:
+        pass
+
+
+def lose_stores(worker: SharingWorker) -> None:
+    worker.stores._source = NoStores()
+    worker.stores.refresh()
+
+
+@pytest.mark.parametrize("method", ["Query", "Fetch"])
+async def test_request_goes_on_when_the_store_leaves_while_it_is_asked(
+    redis, redis_url, monkeypatch, method
+):
+    is_stored, entered = asyncio.Event(), asyncio.Event()
+    answer = getattr(KvStoreServicer, method)
+
+    async def hangs(self, request, context):
+        if not is_stored.is_set():
+            return await answer(self, request, context)
+        entered.set()
+        return await asyncio.Event().wait()
+
+    monkeypatch.setattr(KvStoreServicer, method, hangs)
+    monkeypatch.setattr(stores_module, "QUERY_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(stores_module, "CLOSE_GRACE_S", 0.01)
+    monkeypatch.setattr(fetcher_module, "FIRST_TIMEOUT_S", 60.0)
+    async with running_store(redis) as store:
+        await stored(store, redis_url)
+        is_stored.set()
+        async with sharing_worker(redis_url) as worker, asyncio.timeout(20):
+            await knows_store(worker)
+            sink = worker.start([*PROMPT, 7])
+            await entered.wait()
+            lose_stores(worker)
+            await sink.wait_until_over("r")
+            event = fetch_event(sink)
+            assert (event.decision, event.reason) == ("compute", "peer_unavailable")
+            assert event.has_failed
+            assert worker.fetcher.decisions == {("compute", "peer_unavailable"): 1}
+            await worker.generate([*PROMPT, 7])  # the id is free again
+            await until(lambda: worker.num_free_blocks == 64)
+
+
+async def test_store_that_left_between_two_calls_is_a_peer_that_is_gone(redis, redis_url):
+    async with running_store(redis), sharing_worker(redis_url) as worker:
+        await knows_store(worker)
+        store = worker.stores.choose(b"x")
+        assert store is not None
+        await store.aclose()
+        with pytest.raises(PeerUnavailableError, match="has left the mesh"):
+            await store.query([b"h" * 16])
+
+
+async def test_fetch_is_finished_when_its_store_leaves_the_registry_first(
+    redis, redis_url, monkeypatch
+):
+    entered, gate = asyncio.Event(), asyncio.Event()
+    fetch = KvStoreServicer.Fetch
+
+    async def held_back(self, request, context):
+        entered.set()
+        await gate.wait()
+        return await fetch(self, request, context)
+
+    monkeypatch.setattr(KvStoreServicer, "Fetch", held_back)
+    async with running_store(redis) as store:
+        await stored(store, redis_url)
+        async with sharing_worker(redis_url) as worker:
+            await knows_store(worker)
+            sink = worker.start([*PROMPT, 7])
+            await entered.wait()
+            lose_stores(worker)
+            await asyncio.sleep(0)  # it begins to close
+            gate.set()
+            await sink.wait_until_over("r")
+            assert fetch_event(sink).num_tokens == 80
+
+
 # Aborts.
 
 
@@ -290,6 +404,46 @@ async def test_abort_in_the_middle_of_a_fetch_frees_both_sides(
             )
             sink = await worker.generate([*PROMPT, 7])  # the id is free again
             assert worker.cached_kv(PROMPT) == expected_kv(PROMPT, 80)
+
+
+async def test_no_abort_returns_before_the_blocks_of_its_fetch_are_free(
+    redis, redis_url, monkeypatch
+):
+    """Neither a second one nor one that is cancelled."""
+    entered, ending, gate = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def hangs(self, request, context):
+        entered.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(KvStoreServicer, "Fetch", hangs)
+    async with running_store(redis) as store:
+        await stored(store, redis_url)
+        async with sharing_worker(redis_url) as worker:
+            end = worker.receiver.abort
+
+            async def slow(request_id: str) -> int:
+                ending.set()
+                await gate.wait()
+                return await end(request_id)
+
+            monkeypatch.setattr(worker.receiver, "abort", slow)
+            await knows_store(worker)
+            worker.start([*PROMPT, 7])
+            await entered.wait()
+            aborts = [asyncio.create_task(worker.engine.abort("r"))]
+            await ending.wait()
+            aborts.append(asyncio.create_task(worker.engine.abort("r")))
+            aborts[0].cancel()
+            ended, _ = await asyncio.wait(aborts, timeout=0.1)
+            assert not ended
+            with pytest.raises(DuplicateRequestError):
+                worker.start([*PROMPT, 7])
+            gate.set()
+            await aborts[1]
+            assert worker.num_free_blocks == 64
+            with pytest.raises(asyncio.CancelledError):
+                await aborts[0]
 
 
 @pytest.mark.parametrize("plane", [DataPlane.SHM, DataPlane.TCP])
@@ -441,6 +595,28 @@ async def test_a_bug_in_the_fetch_costs_no_request(redis, redis_url, caplog):
         sink = await worker.generate(PROMPT)
         assert sink.is_over("r")
         assert "prefix not fetched" in caplog.text
+        event = fetch_event(sink)
+        assert (event.decision, event.reason, event.has_failed) == ("compute", "error", True)
+        assert worker.fetcher.decisions == {("compute", "error"): 1}
+
+
+async def test_a_bug_in_the_publisher_costs_one_prefix(redis, redis_url, monkeypatch, caplog):
+    push = PrefixPublisher._push
+
+    async def bug(*args):
+        monkeypatch.setattr(PrefixPublisher, "_push", push)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(PrefixPublisher, "_push", bug)
+    async with running_store(redis) as store, sharing_worker(redis_url) as worker:
+        await turn(worker, PROMPT, request_id="a")
+        await published(worker)
+        await turn(worker, range(300, 364), request_id="b")
+        await published(worker, 2)
+        assert worker.publisher.outcomes == {"error": 1, "published": 1}
+        assert "prefix not published" in caplog.text
+        assert worker.num_free_blocks == 64
+        assert store.held == IDLE
 
 
 async def test_store_forgets_the_memory_of_workers_that_are_gone(redis, redis_url):
