@@ -87,10 +87,12 @@ class PrefixFetcher:
         self._layout = layout
 
     def is_of_use(self, block_hashes: Sequence[bytes]) -> bool:
-        """Whether `fetch` has anything to decide."""
-        return bool(
-            self.address and block_hashes and self._stores.choose(block_hashes[0]) is not None
-        )
+        """Whether `fetch` has anything to decide; counts a prompt that has no store for a while."""
+        if not self.address or not block_hashes:
+            return False
+        if self._stores.are_avoided:
+            self.decisions["compute", "avoided"] += 1
+        return self._stores.choose(block_hashes[0]) is not None
 
     async def fetch(self, request_id: str, block_hashes: Sequence[bytes]) -> PrefixFetchEvent:
         """Fill the prefix cache as far as that is cheaper than computing; raises nothing.

@@ -11,6 +11,7 @@ from typing import Self
 
 from engine.errors import (
     CapacityError,
+    DeadlineError,
     IsthmusError,
     LayoutMismatchError,
     NotReadyError,
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MAX_WAITING = 64
 """Prefixes; more are dropped, so that a slow store costs hashes and nothing else."""
+PUBLISH_S = 10.0
+"""For one prefix, whose blocks the engine lacks meanwhile."""
 FLUSH_S = 3.0
 """How long a worker that ends may go on with those that wait."""
 
@@ -48,7 +51,7 @@ class PrefixPublisher:
     ) -> None:
         """`sender` reads the engine's pool; it is entered and closed by the caller."""
         self.outcomes: Counter[str] = Counter()
-        """Of prefixes: published, known (the store had them), evicted, queue_full, or an error."""
+        """Of prefixes: see docs/operations.md."""
         self.num_tokens = 0
         self._engine = engine
         self._sender = sender
@@ -86,6 +89,9 @@ class PrefixPublisher:
 
     def offer(self, block_hashes: Sequence[bytes]) -> None:
         """Publish these blocks when their turn comes; returns at once."""
+        if self._stores.are_avoided:
+            self.outcomes["avoided"] += 1
+            return
         if self._stores.choose(block_hashes[0]) is None:
             return
         if len(self._waiting) >= MAX_WAITING:
@@ -108,19 +114,25 @@ class PrefixPublisher:
         """Returns the outcome."""
         store = self._stores.choose(block_hashes[0])
         if store is None:
-            return "no_store"
+            return "avoided" if self._stores.are_avoided else "no_store"
         self._num_started += 1
         publish_id = f"{self._worker_id}/publish-{self._num_started}"
         try:
-            async with self._held(publish_id, block_hashes) as held:
+            async with (
+                asyncio.timeout(PUBLISH_S),
+                self._held(publish_id, block_hashes) as held,
+            ):
                 if held is None:
                     return "not_spared"
                 if not held.block_ids:
                     return "evicted"
                 return await self._push(publish_id, store.address, block_hashes, held)
-        except (PeerUnavailableError, NotReadyError) as error:
+        except (PeerUnavailableError, NotReadyError, DeadlineError) as error:
             self._stores.avoid(store, error)
             return outcome_of(error)
+        except TimeoutError:
+            self._stores.avoid(store, DeadlineError(f"{publish_id} takes over {PUBLISH_S:g} s"))
+            return "too_slow"
         except IsthmusError as error:
             logger.info("prefix not published: %s", error)
             return outcome_of(error)

@@ -117,6 +117,13 @@ class Stores:
         usable = [store for store in self._stores.values() if store.avoided_until_s <= now_s]
         return max(usable, key=lambda store: _weight(store, first_hash), default=None)
 
+    @property
+    def are_avoided(self) -> bool:
+        """There are stores, but each of them is left alone for now."""
+        now_s = asyncio.get_running_loop().time()
+        stores = self._stores.values()
+        return bool(stores) and all(store.avoided_until_s > now_s for store in stores)
+
     def avoid(self, store: Store, error: IsthmusError) -> None:
         """Leave a store alone for a while: it did not answer, or not in time."""
         logger.warning("store avoided for %g s store_id=%s: %s", AVOID_S, store.store_id, error)

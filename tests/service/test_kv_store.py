@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import pytest
 from grpc import StatusCode, aio
 
-from engine.errors import DuplicateRequestError, PeerUnavailableError
+from engine.errors import DeadlineError, DuplicateRequestError, PeerUnavailableError
 from engine.runtime.commands import PrefixFetchEvent, SequenceMode
 from engine.scheduling.block_hash import block_hashes
 from kv_transfer.config import DataPlane
+from kv_transfer.handover import Handover
 from kv_transfer.local_sending_rank import LocalLink
 from kv_transfer.plane import WritePermit
 from kv_transfer.prefix import fetcher as fetcher_module
@@ -154,6 +155,44 @@ async def test_slow_store_costs_prefixes_and_no_request(redis, redis_url, monkey
         assert store.held == IDLE
 
 
+async def test_publishing_that_takes_too_long_gives_the_blocks_back(redis, redis_url, monkeypatch):
+    monkeypatch.setattr(publisher_module, "PUBLISH_S", 0.05)
+    entered = asyncio.Event()
+
+    async def stuck(self, *rest):
+        entered.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Handover, "push", stuck)
+    async with running_store(redis) as store, sharing_worker(redis_url) as worker:
+        await knows_store(worker)
+        await turn(worker, PROMPT, request_id="a")
+        await published(worker)
+        assert entered.is_set()
+        assert worker.publisher.outcomes == {"too_slow": 1}
+        worker.scheduler.check_conservation()
+        assert worker.num_free_blocks == 64
+        await turn(worker, range(300, 364), request_id="b")
+        await published(worker, 2)
+        assert worker.publisher.outcomes == {"too_slow": 1, "avoided": 1}
+        await until(lambda: store.held == IDLE)
+
+
+async def test_store_that_misses_a_deadline_is_not_tried_again_at_once(
+    redis, redis_url, monkeypatch
+):
+    async def late(self, *rest):
+        raise DeadlineError("no blocks in time")
+
+    monkeypatch.setattr(Handover, "push", late)
+    async with running_store(redis), sharing_worker(redis_url) as worker:
+        await knows_store(worker)
+        await turn(worker, PROMPT, request_id="a")
+        await published(worker)
+        assert worker.stores.are_avoided
+        assert worker.publisher.outcomes == {"DeadlineError": 1}
+
+
 # The store goes away, or is full.
 
 
@@ -191,7 +230,9 @@ async def test_store_that_does_not_answer_is_waited_for_once(redis, redis_url, m
         assert (event.decision, event.reason) == ("compute", "deadline")
         assert event.end_ns - event.start_ns < 2e9
         await worker.generate(range(700, 800), request_id="b")
-        assert sum(worker.fetcher.decisions.values()) == 1
+        assert worker.fetcher.decisions == {("compute", "deadline"): 1, ("compute", "avoided"): 1}
+        await published(worker, 2)
+        assert worker.publisher.outcomes == {"avoided": 2}
 
 
 async def test_full_store_drops_the_oldest_prefix(redis, redis_url):
