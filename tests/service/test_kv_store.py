@@ -22,6 +22,7 @@ from kv_transfer.store.servicer import KvStoreServicer
 from mesh.channel import open_channel
 from protos.isthmus.v1 import kv_store_pb2 as pb
 from protos.isthmus.v1 import kv_store_pb2_grpc as pb_grpc
+from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_STORE, WorkerRecord
 from tests.fakes.kv_store import (
     DIGEST,
     SIZE,
@@ -321,7 +322,7 @@ async def test_store_gives_what_its_memory_has_room_for(redis, redis_url, tmp_pa
 class NoStores:
     """A registry that has lost its stores."""
 
-    def workers(self, role) -> list:
+    def workers(self, role) -> list[WorkerRecord]:
         return []
 
     def on_change(self, callback) -> None:
@@ -605,8 +606,6 @@ async def test_fetch_for_nobody_is_refused_and_pins_nothing(redis, redis_url):
 
 
 def _record(store_id: str, address: str):
-    from protos.isthmus.v1.registry_pb2 import WORKER_ROLE_STORE, WorkerRecord
-
     return WorkerRecord(
         worker_id=store_id, role=WORKER_ROLE_STORE, address=address, model_digest=DIGEST
     )
