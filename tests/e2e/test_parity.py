@@ -19,6 +19,8 @@ from tests.e2e.reference import Reference
 NUM_ANSWER_TOKENS = 64
 # 30 layers x (key, value) x 3 heads x 64 x 4 bytes
 DEMO_BYTES_PER_TOKEN_FLOAT32 = 46_080
+# Room for sixteen of the longest at once: a preempted sequence would compute its end anew.
+ENVIRONMENT = {"ISTHMUS_ENGINE__KV_POOL_BYTES": str(2 << 30)}
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_ANSWER_TOKENS, ignore_eos=True)
 
 
@@ -29,7 +31,8 @@ def demo_path() -> Path:
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MeshProcess]:
-    with mesh_process(tmp_path_factory.mktemp("mesh"), "--dtype", "float32") as running:
+    directory = tmp_path_factory.mktemp("mesh")
+    with mesh_process(directory, "--dtype", "float32", environment=ENVIRONMENT) as running:
         yield running
 
 
