@@ -32,16 +32,11 @@ from tests.fakes.kv_store import (
     running_store,
     sharing_worker,
 )
+from tests.service.test_kv_transfer_handover import until
 
 PROMPT = list(range(100, 180))
 """Five blocks."""
 IDLE = (0, 0, 0, 0)
-
-
-async def until(is_so, timeout_s: float = 10.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not is_so():  # noqa: ASYNC110 - threads and peers set no event here
-            await asyncio.sleep(0.002)
 
 
 async def published(worker: SharingWorker, num_prefixes: int = 1) -> None:
