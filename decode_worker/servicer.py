@@ -12,6 +12,7 @@ from engine.runtime.commands import ErrorEvent, RequestEngine, SequenceMode, Tok
 from kv_transfer.receiver import KvReceiver
 from mesh.convert import finish_reason_to_pb, logprobs_to_pb, sampling_from_pb
 from mesh.status import status_of
+from mesh.stream_write import write_whole
 from mesh.telemetry import context_from_traceparent
 from protos.isthmus.v1 import decode_pb2 as pb
 from protos.isthmus.v1 import decode_pb2_grpc as pb_grpc
@@ -48,7 +49,8 @@ class DecodeServicer(pb_grpc.DecodeServiceServicer):
 async def _write_outputs(stream: GatewayStream, context: Context) -> None:
     while True:
         outputs = await stream.next_outputs()
-        await context.write(pb.ServeResponse(outputs=[_output_to_pb(output) for output in outputs]))
+        message = pb.ServeResponse(outputs=[_output_to_pb(output) for output in outputs])
+        await write_whole(context, message)
 
 
 def _apply(request: pb.ServeRequest, stream: GatewayStream) -> None:

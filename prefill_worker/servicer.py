@@ -5,6 +5,7 @@ from grpc import aio
 from engine.request import Request
 from engine.runtime.commands import PrefixFetchEvent, TokenEvent
 from mesh.convert import finish_reason_to_pb, logprobs_to_pb, sampling_from_pb
+from mesh.stream_write import write_whole
 from mesh.telemetry import context_from_call, record_fetch
 from prefill_worker.prefill import Prefiller, PrefillJob
 from prefill_worker.spans import record_handover, record_prefill
@@ -33,12 +34,12 @@ class PrefillServicer(pb_grpc.PrefillServiceServicer):
 
         async def emit_token(token: TokenEvent) -> None:
             record_prefill(token, trace_context)
-            await context.write(_first_token_to_pb(token, fetch_failure))
+            await write_whole(context, _first_token_to_pb(token, fetch_failure))
 
         report = await self._prefiller.run(_job_from(request), emit_token, note_fetch)
         if report is not None:
             record_handover(report, trace_context)
-            await context.write(pb.PrefillResponse(handover=report.to_pb()))
+            await write_whole(context, pb.PrefillResponse(handover=report.to_pb()))
 
     async def Abort(
         self,

@@ -22,6 +22,7 @@ from mesh.channel import open_channel
 from mesh.limits import MAX_MESSAGE_BYTES
 from mesh.server import ServerHealth, listening
 from mesh.status import STATUS_OF, error_from_rpc
+from mesh.stream_write import write_whole
 from protos.isthmus.v1 import inference_pb2 as pb
 from protos.isthmus.v1 import inference_pb2_grpc as pb_grpc
 
@@ -60,7 +61,10 @@ class RaisingServicer(pb_grpc.InferenceServicer):
 
 @asynccontextmanager
 async def serving(
-    servicer: RaisingServicer, *, health: ServerHealth | None = None, drain_grace_s: float = 0
+    servicer: pb_grpc.InferenceServicer,
+    *,
+    health: ServerHealth | None = None,
+    drain_grace_s: float = 0,
 ) -> AsyncIterator[aio.Channel]:
     async with (
         listening(
@@ -73,6 +77,27 @@ async def serving(
         open_channel(f"127.0.0.1:{port}") as channel,
     ):
         yield channel
+
+
+class CutServicer(pb_grpc.InferenceServicer):
+    """Fails while a message to a client that does not read is under way."""
+
+    def __init__(self) -> None:
+        self.has_failed = asyncio.Event()
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: aio.ServicerContext[Any, Any]
+    ) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._fail())
+            while True:
+                await write_whole(context, pb.GenerateResponse(request_id="a" * 1_000_000))
+
+    async def _fail(self) -> None:
+        for _ in range(100):
+            await asyncio.sleep(0)  # until the first write has begun
+        self.has_failed.set()
+        raise CapacityError("full")
 
 
 @pytest.mark.parametrize("error_class", STATUS_OF)
@@ -99,6 +124,17 @@ async def test_an_error_after_the_first_message_ends_the_stream_with_its_code() 
         with pytest.raises(aio.AioRpcError, match="the engine is gone") as caught:
             await call.read()
     assert type(error_from_rpc(caught.value)) is EngineDeadError
+
+
+async def test_an_error_while_a_message_is_under_way_ends_the_stream_with_its_code() -> None:
+    servicer = CutServicer()
+    async with serving(servicer) as channel, asyncio.timeout(30):
+        call = pb_grpc.InferenceStub(channel).Generate(pb.GenerateRequest())
+        await servicer.has_failed.wait()
+        with pytest.raises(aio.AioRpcError, match="full") as caught:
+            while await call.read() is not aio.EOF:
+                pass
+    assert type(error_from_rpc(caught.value)) is CapacityError
 
 
 async def test_capacity_says_when_to_come_back() -> None:
