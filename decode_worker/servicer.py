@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 
 from grpc import aio
 
-from decode_worker.stream import Aborted, GatewayStream, Output
+from decode_worker.stream import Aborted, Degraded, GatewayStream, Output
 from engine.errors import InvalidRequestError
 from engine.request import Request
 from engine.runtime.commands import ErrorEvent, RequestEngine, SequenceMode, TokenEvent
@@ -16,6 +16,7 @@ from mesh.stream_write import write_whole
 from mesh.telemetry import context_from_traceparent
 from protos.isthmus.v1 import decode_pb2 as pb
 from protos.isthmus.v1 import decode_pb2_grpc as pb_grpc
+from protos.isthmus.v1.inference_pb2 import Degradation
 
 Context = aio.ServicerContext[pb.ServeRequest, pb.ServeResponse]
 
@@ -90,14 +91,16 @@ def _output_to_pb(output: Output) -> pb.SequenceOutput:
                 request_id=output.request_id,
                 aborted=pb.AbortedSequence(num_freed_blocks=output.num_freed_blocks),
             )
+        case Degraded(request_id=request_id, kind=kind, reason=reason):
+            return pb.SequenceOutput(
+                request_id=request_id, degraded=Degradation(kind=kind, reason=reason)
+            )
         case ErrorEvent(request_id=request_id, error=error):
             code, text = status_of(error)
             number: int = code.value[0]
             return pb.SequenceOutput(
                 request_id=request_id, error=pb.SequenceError(status_code=number, message=text)
             )
-        case _:
-            raise AssertionError(f"a decode worker has no {type(output).__name__} to tell")
 
 
 def _token_to_pb(token: TokenEvent) -> pb.DecodedToken:

@@ -14,7 +14,7 @@ from engine.runtime.commands import (
     EngineEvent,
     ErrorEvent,
     FirstTokenTiming,
-    KvComputedEvent,
+    PreemptedEvent,
     PrefixFetchEvent,
     RequestEngine,
     SequenceMode,
@@ -33,6 +33,7 @@ class OpenSequence:
     trace_context: Context | None
     first_token_ns: int = 0
     num_tokens: int = 0
+    num_preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,16 @@ class Aborted:
     num_freed_blocks: int
 
 
-Output = EngineEvent | Aborted
+@dataclass(frozen=True, slots=True)
+class Degraded:
+    """The sequence left the best path; kind and reason are labels of few values."""
+
+    request_id: str
+    kind: str
+    reason: str
+
+
+Output = TokenEvent | ErrorEvent | Degraded | Aborted
 
 
 class GatewayStream:
@@ -115,18 +125,24 @@ class GatewayStream:
         return outputs
 
     def put(self, events: Sequence[EngineEvent]) -> None:
+        told: list[Output] = []
         for event in events:
             match event:
                 case TokenEvent():
                     self._follow(event)
+                    told.append(event)
                 case ErrorEvent(request_id=request_id):
                     self._forget(request_id)
-                case PrefixFetchEvent():
+                    told.append(event)
+                case PreemptedEvent(request_id=request_id):
+                    self._count_preemption(request_id)
+                    told.append(Degraded(request_id, "preemption", "no_free_blocks"))
+                case PrefixFetchEvent(request_id=request_id, reason=reason):
                     self._record_fetch(event)
-                case KvComputedEvent():
-                    pass
-        if said := [event for event in events if not isinstance(event, PrefixFetchEvent)]:
-            self._put(said)
+                    if event.has_failed:
+                        told.append(Degraded(request_id, "prefix_fetch", reason))
+        if told:
+            self._put(told)
 
     def _put(self, outputs: Sequence[Output]) -> None:
         self._outputs.extend(outputs)
@@ -135,6 +151,10 @@ class GatewayStream:
     def _record_fetch(self, event: PrefixFetchEvent) -> None:
         if (sequence := self._open.get(event.request_id)) is not None:
             record_fetch(event, sequence.trace_context)
+
+    def _count_preemption(self, request_id: str) -> None:
+        if (sequence := self._open.get(request_id)) is not None:
+            sequence.num_preemptions += 1
 
     def _follow(self, token: TokenEvent) -> None:
         if (sequence := self._open.get(token.request_id)) is None:
@@ -152,6 +172,7 @@ class GatewayStream:
                 context=sequence.trace_context,
                 attributes={
                     "num_tokens": sequence.num_tokens,
+                    "num_preemptions": sequence.num_preemptions,
                     "finish_reason": token.finish_reason.value,
                 },
             )

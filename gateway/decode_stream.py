@@ -123,7 +123,7 @@ class DecodeStream:
         if sink is None:
             self._note_end_of_abort(request_id, output)
             return
-        if not output.HasField("token") or output.token.finish_reason:
+        if _is_last(output):
             del self._sinks[request_id]
         try:
             sink.on_decode_output(request_id, output)
@@ -162,6 +162,11 @@ class DecodeStream:
                 self.worker_id,
             )
             self._on_change()
+
+
+def _is_last(output: SequenceOutput) -> bool:
+    event = output.WhichOneof("event")
+    return event in ("error", "aborted") or bool(event == "token" and output.token.finish_reason)
 
 
 async def _drain(queue: asyncio.Queue[ServeRequest]) -> AsyncIterator[ServeRequest]:

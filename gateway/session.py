@@ -184,14 +184,17 @@ class SequenceSession:
         attempt = self._current(request_id)
         if attempt is None:
             return
-        if output.HasField("token"):
-            self._on_decoded(attempt, output.token)
-        elif output.HasField("error"):
-            error = error_from_status(output.error.status_code, output.error.message)
-            self._on_lost(attempt, error, attempt.route.decode.record.worker_id)
-        else:
-            error = KvLeaseLostError("the decode worker dropped the sequence")
-            self._on_lost(attempt, error, attempt.route.decode.record.worker_id)
+        match output.WhichOneof("event"):
+            case "token":
+                self._on_decoded(attempt, output.token)
+            case "degraded":
+                self._owner.on_degraded(output.degraded.kind, output.degraded.reason)
+            case "error":
+                error = error_from_status(output.error.status_code, output.error.message)
+                self._on_lost(attempt, error, attempt.route.decode.record.worker_id)
+            case "aborted":
+                error = KvLeaseLostError("the decode worker dropped the sequence")
+                self._on_lost(attempt, error, attempt.route.decode.record.worker_id)
 
     def on_decode_lost(self, request_id: str, error: IsthmusError) -> None:
         attempt = self._current(request_id)

@@ -80,7 +80,14 @@ class PrefixFetchEvent:
     start_ns: int
     end_ns: int
     has_failed: bool
-    """It would have been fetched, if it could have been."""
+    """Less came than was to be fetched."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptedEvent:
+    """Others needed its blocks: its tokens so far are computed again before its next one comes."""
+
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +98,7 @@ class ErrorEvent:
     error: IsthmusError
 
 
-EngineEvent = TokenEvent | KvComputedEvent | PrefixFetchEvent | ErrorEvent
+EngineEvent = TokenEvent | KvComputedEvent | PrefixFetchEvent | PreemptedEvent | ErrorEvent
 
 
 class EventSink(Protocol):

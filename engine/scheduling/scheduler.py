@@ -32,6 +32,7 @@ from engine.runtime.commands import (
     ErrorEvent,
     FirstTokenTiming,
     KvComputedEvent,
+    PreemptedEvent,
     Reservation,
     SequenceMode,
     TokenEvent,
@@ -88,6 +89,7 @@ class Scheduler:
         self._reservations: dict[str, BlockReservation] = {}
         self._waiting_reservations: deque[BlockReservation] = deque()
         self._ended_prefixes: list[tuple[bytes, ...]] = []
+        self._untold: list[EngineEvent] = []
 
     # State that others may look at.
 
@@ -349,7 +351,7 @@ class Scheduler:
             drawn: one for each drawing chunk, in their order.
             now_ns: when the step's results were there.
         """
-        events: list[EngineEvent] = []
+        events, self._untold = self._untold, []
         remaining = iter(drawn)
         for chunk in plan.chunks:
             sequence = self._sequences[chunk.request_id]
@@ -413,6 +415,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Take all blocks back; the sequence stands first among those that wait."""
         self.num_preemptions += 1
+        self._untold.append(PreemptedEvent(sequence.request_id))
         self._running.remove(sequence)
         self.block_pool.release(sequence.block_ids)
         sequence.block_ids = []

@@ -35,6 +35,8 @@ T = TypeVar("T")
 FIRST_TIMEOUT_S = 5.0
 """For a fetch as long as nobody knows what computing would cost."""
 MIN_TIMEOUT_S = 0.5
+INCOMPLETE = "incomplete"
+"""The store has dropped some of what it had said to have, or could not read it back."""
 _AVOIDABLE = (PeerUnavailableError, NotReadyError, DeadlineError)
 
 
@@ -87,12 +89,8 @@ class PrefixFetcher:
         self._layout = layout
 
     def is_of_use(self, block_hashes: Sequence[bytes]) -> bool:
-        """Whether `fetch` has anything to decide; counts a prompt that has no store for a while."""
-        if not self.address or not block_hashes:
-            return False
-        if self._stores.are_avoided:
-            self.decisions["compute", "avoided"] += 1
-        return self._stores.choose(block_hashes[0]) is not None
+        """Whether `fetch` has anything to decide."""
+        return bool(self.address and block_hashes) and self._stores.are_known
 
     async def fetch(self, request_id: str, block_hashes: Sequence[bytes]) -> PrefixFetchEvent:
         """Fill the prefix cache as far as that is cheaper than computing; raises nothing.
@@ -109,7 +107,7 @@ class PrefixFetcher:
         response, decision, has_failed = pb.FetchResponse(), "compute", False
         try:
             response, reason = await self._fetch(f"{request_id}/prefix", block_hashes)
-            decision = "fetch"
+            decision, has_failed = "fetch", reason == INCOMPLETE
         except _Declined as declined:
             reason, has_failed = str(declined), declined.has_failed
         except IsthmusError as error:
@@ -159,6 +157,8 @@ class PrefixFetcher:
         self.cost.observe_engine(self._engine.stats)
         reason = self._choose(len(missing))
         store = self._stores.choose(block_hashes[0])
+        if store is None and self._stores.are_avoided:
+            raise _Declined("avoided", has_failed=True)
         if store is None:
             raise _Declined("no_store")
         start_s = time.monotonic()
@@ -175,10 +175,13 @@ class PrefixFetcher:
             raise _Declined("no_blocks", has_failed=True) from None
         start_s = time.monotonic()
         response = await self._receive(store, fetch_id, wanted, taken)
+        num_asked = len(wanted) - taken.num_cached_tokens // self._layout.block_size_tokens
+        if not num_asked:  # others have brought them meanwhile
+            raise _Declined("cached")
         if not response.num_blocks:
-            raise _Declined("absent")
+            raise _Declined(INCOMPLETE, has_failed=True)
         self.cost.observe_fetch(response.num_bytes, ask_s + time.monotonic() - start_s)
-        return response, reason
+        return response, reason if response.num_blocks >= num_asked else INCOMPLETE
 
     def _choose(self, num_blocks: int) -> str:
         """The reason to fetch so many blocks; raises _Declined where computing is cheaper."""

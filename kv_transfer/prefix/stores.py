@@ -118,11 +118,16 @@ class Stores:
         return max(usable, key=lambda store: _weight(store, first_hash), default=None)
 
     @property
+    def are_known(self) -> bool:
+        """There are stores, of use or not."""
+        return bool(self._stores)
+
+    @property
     def are_avoided(self) -> bool:
         """There are stores, but each of them is left alone for now."""
         now_s = asyncio.get_running_loop().time()
         stores = self._stores.values()
-        return bool(stores) and all(store.avoided_until_s > now_s for store in stores)
+        return self.are_known and all(store.avoided_until_s > now_s for store in stores)
 
     def avoid(self, store: Store, error: IsthmusError) -> None:
         """Leave a store alone for a while: it did not answer, or not in time."""

@@ -51,9 +51,9 @@ async def ask(
     prompt: Sequence[int],
     max_tokens: int,
     *,
-    degraded: Sequence[tuple[str, str]] = (),
+    degraded: Sequence[tuple[str, str]] | None = (),
 ) -> tuple[list[int], int]:
-    """The answer's tokens, and how many of the prompt's were cached."""
+    """The answer's tokens, and how many of the prompt's were cached; None: it may say anything."""
     said: list[tuple[str, str]] = []
     request = pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=prompt), sampling=sampling_to_pb(greedy(max_tokens))
@@ -66,7 +66,7 @@ async def ask(
                 token_ids += delta.token_ids
             num_cached = response.usage.num_cached_tokens or num_cached
             said += [(each.kind, each.reason) for each in response.report.degradations]
-    assert said == list(degraded)
+    assert degraded is None or said == list(degraded)
     return token_ids, num_cached
 
 
@@ -153,7 +153,7 @@ async def test_requests_go_on_without_the_store_and_find_it_again(
         # What ends now goes to the new store, once the workers have heard of it.
         await until(lambda: mesh.metric("store", "isthmus_kv_leases") == 0)
         for seed in range(10, 200):
-            await ask(mesh, tokens_of(seed, 40), 4)
+            await ask(mesh, tokens_of(seed, 40), 4, degraded=None)
             if mesh.metric("store", FILED) > 0:
                 break
         assert mesh.metric("store", FILED) > 0

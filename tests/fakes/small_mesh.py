@@ -30,8 +30,9 @@ from protos.isthmus.v1 import (
 from tests.fakes.gateway import MODEL_ID, RunningGateway, gateway_over_started
 
 VOCAB_SIZE = 257  # of the gateway's byte tokeniser
+POOL_BYTES = 1 << 23
 ENGINE = EngineConfig(
-    dtype="float32", device="cpu", kv_pool_bytes=1 << 23, max_num_sequences=16, num_threads=1
+    dtype="float32", device="cpu", kv_pool_bytes=POOL_BYTES, max_num_sequences=16, num_threads=1
 )
 
 
@@ -85,6 +86,7 @@ async def small_mesh(
     transfer: TransferConfig,
     *,
     data_port: Callable[[int], Awaitable[int]] | None = None,
+    decode_pool_bytes: int = POOL_BYTES,
 ) -> AsyncIterator[SmallMesh]:
     """Start all three.
 
@@ -92,9 +94,10 @@ async def small_mesh(
         checkpoint: of VOCAB_SIZE tokens.
         transfer: of both workers.
         data_port: where the sender finds the data port that it is given; for relays.
+        decode_pool_bytes: of the decode worker's KV pool.
     """
-
-    engines = [build_engine(checkpoint, ENGINE) for _ in range(2)]
+    pools = (POOL_BYTES, decode_pool_bytes)
+    engines = [build_engine(checkpoint, replace(ENGINE, kv_pool_bytes=size)) for size in pools]
     async with (
         EngineThread(engines[0]) as prefill,
         EngineThread(engines[1]) as decode,

@@ -26,6 +26,7 @@ from protos.isthmus.v1 import (
     prefill_pb2_grpc,
     registry_pb2,
 )
+from protos.isthmus.v1.inference_pb2 import Degradation
 from protos.isthmus.v1.sampling_pb2 import (
     FINISH_REASON_LENGTH,
     FINISH_REASON_STOP,
@@ -187,6 +188,8 @@ class FakeDecodeWorker(FakeWorker):
     reserved: set[str] = field(default_factory=set)
     num_reserved_ever: int = 0
     num_prefill_tokens: int = 0
+    says_degraded: list[tuple[str, str]] = field(default_factory=list)
+    """Kinds and reasons that every sequence tells before its first token."""
     step_s: float = 0.0
     """All running sequences get their tokens together, this often; 0: each as fast as it goes."""
     _next_step: "asyncio.Future[None] | None" = None
@@ -256,6 +259,11 @@ class FakeDecodeWorker(FakeWorker):
             self.num_prefill_tokens += len(prompt) + len(outputs)
         else:
             outputs.append(await sequence.committed)
+        for kind, why in self.says_degraded:
+            degraded = Degradation(kind=kind, reason=why)
+            await sequence.outputs.put(
+                decode_pb2.SequenceOutput(request_id=request_id, degraded=degraded)
+            )
         is_first = True
         while True:
             await self.tap.wait()

@@ -132,6 +132,18 @@ async def test_without_prefill_workers_decode_prefills():
         )
 
 
+async def test_what_a_decode_worker_does_otherwise_is_in_the_report():
+    said = [("prefix_fetch", "deadline"), ("preemption", "no_free_blocks")]
+    prefill, decode = FakePrefillWorker("p0"), FakeDecodeWorker("d0", says_degraded=said)
+    async with gateway_over(prefill, decode) as gateway, open_channel(gateway.grpc_address) as ch:
+        answer = Answer(stub_of(ch), 4)
+        assert await answer.read() == expected(4)
+        assert answer.degradations == said
+        for kind, reason in said:
+            name = "isthmus_gateway_degradations_total"
+            assert gateway.count(name, kind=kind, reason=reason) == 1
+
+
 async def test_a_failing_prefill_worker_is_replaced_by_another():
     bad = FakePrefillWorker("p0", fail_next=[NotReadyError("draining")])
     good, decode = FakePrefillWorker("p1"), FakeDecodeWorker("d0")

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import pytest
 from grpc import StatusCode, aio
 
+from decode_worker.stream import Degraded, GatewayStream
 from engine.errors import DeadlineError, DuplicateRequestError, PeerUnavailableError
+from engine.request import Request, SamplingParams
 from engine.runtime.commands import PrefixFetchEvent, SequenceMode
 from engine.scheduling.block_hash import block_hashes
 from kv_transfer.config import DataPlane
@@ -211,7 +213,7 @@ async def test_requests_go_on_when_the_store_dies(redis, redis_url):
         assert sink.is_over("b")
         assert worker.fetcher.decisions["compute", "peer_unavailable"] == 1
         sink = await worker.generate(range(700, 800), request_id="c")
-        assert not isinstance(sink.events[0], PrefixFetchEvent), "it is not asked for a while"
+        assert fetch_event(sink).reason == "avoided", "it is not asked for a while"
 
 
 async def test_store_that_does_not_answer_is_waited_for_once(redis, redis_url, monkeypatch):
@@ -225,7 +227,13 @@ async def test_store_that_does_not_answer_is_waited_for_once(redis, redis_url, m
         event = fetch_event(sink)
         assert (event.decision, event.reason) == ("compute", "deadline")
         assert event.end_ns - event.start_ns < 2e9
-        await worker.generate(range(700, 800), request_id="b")
+        stream = GatewayStream(worker.engine, worker.receiver)
+        request = Request(
+            request_id="b", prompt_token_ids=(*range(700, 800),), sampling=SamplingParams()
+        )
+        stream.submit(request, SequenceMode.LOCAL, trace_context=None)
+        assert await stream.next_outputs() == [Degraded("b", "prefix_fetch", "avoided")]
+        await stream.abort_all()
         assert worker.fetcher.decisions == {("compute", "deadline"): 1, ("compute", "avoided"): 1}
         await published(worker, 2)
         assert worker.publisher.outcomes == {"avoided": 2}
@@ -281,6 +289,8 @@ async def test_damaged_file_shortens_the_prefix(redis, redis_url, tmp_path):
             await knows_store(second)
             sink = await second.generate([*PROMPT, 7], request_id="again")
             assert fetch_event(sink).num_tokens == 2 * SIZE
+            assert fetch_event(sink).reason == "incomplete"
+            assert fetch_event(sink).has_failed
             assert second.thread.stats.num_prefill_tokens == 81 - 2 * SIZE
             assert second.cached_kv(PROMPT) == expected_kv(PROMPT, 80)
         assert store.blocks.spill is not None
@@ -304,7 +314,7 @@ async def test_store_gives_what_its_memory_has_room_for(redis, redis_url, tmp_pa
             assert len(read) == 3
             await knows_store(second)
             sink = await second.generate([*PROMPT, 7], request_id="again")
-            assert fetch_event(sink).decision == "fetch"
+            assert (fetch_event(sink).decision, fetch_event(sink).reason) == ("fetch", "incomplete")
             assert fetch_event(sink).num_tokens == 2 * SIZE
             assert second.cached_kv(PROMPT) == expected_kv(PROMPT, 80)
         assert store.held == IDLE

@@ -19,6 +19,7 @@ from engine.request import FinishReason, Request, SamplingParams
 from engine.runtime.commands import (
     ErrorEvent,
     KvComputedEvent,
+    PreemptedEvent,
     Reservation,
     SequenceMode,
     TokenEvent,
@@ -58,6 +59,7 @@ class Driver:
         self.tokens: dict[str, list[int]] = {}
         self.finished: dict[str, FinishReason] = {}
         self.announced: dict[str, list[tuple[int, int]]] = {}
+        self.preempted: list[str] = []
         self.granted: dict[str, Reservation] = {}
         self.plans: deque[tuple[StepPlan, set[int]]] = deque()
         self.now_ns = 0
@@ -128,6 +130,8 @@ class Driver:
             elif isinstance(event, KvComputedEvent):
                 span = (event.first_token, event.num_tokens)
                 self.announced.setdefault(event.request_id, []).append(span)
+            elif isinstance(event, PreemptedEvent):
+                self.preempted.append(event.request_id)
             else:
                 raise event.error
 
@@ -411,6 +415,7 @@ def test_preempted_handover_is_computed_locally_and_says_so():
         hand_over(driver, request)
     driver.run()
     assert driver.scheduler.num_preemptions > 0
+    assert driver.preempted == ["b"] * driver.scheduler.num_preemptions
     assert driver.scheduler.num_prefill_tokens > 0
     assert driver.tokens["b"] == expected_tokens(range(100, 108), 20)[1:]
 

@@ -22,34 +22,35 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from protos.isthmus.v1 import inference_pb2 as protos_dot_isthmus_dot_v1_dot_inference__pb2
 from protos.isthmus.v1 import sampling_pb2 as protos_dot_isthmus_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprotos/isthmus/v1/decode.proto\x12\nisthmus.v1\x1a protos/isthmus/v1/sampling.proto\"s\n\x0cServeRequest\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.isthmus.v1.SubmitSequenceH\x00\x12*\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x19.isthmus.v1.AbortSequenceH\x00\x42\t\n\x07\x63ommand\"\xb4\x01\n\x0eSubmitSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.isthmus.v1.SamplingParams\x12\x17\n\x0fprefill_locally\x18\x05 \x01(\x08\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\"#\n\rAbortSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"<\n\rServeResponse\x12+\n\x07outputs\x18\x01 \x03(\x0b\x32\x1a.isthmus.v1.SequenceOutput\"\xb4\x01\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x05token\x18\x02 \x01(\x0b\x32\x18.isthmus.v1.DecodedTokenH\x00\x12.\n\x07\x61\x62orted\x18\x03 \x01(\x0b\x32\x1b.isthmus.v1.AbortedSequenceH\x00\x12*\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x19.isthmus.v1.SequenceErrorH\x00\x42\x07\n\x05\x65vent\"\xaf\x01\n\x0c\x44\x65\x63odedToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12+\n\x08logprobs\x18\x02 \x01(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.isthmus.v1.FinishReason\x12/\n\nfirst_step\x18\x04 \x01(\x0b\x32\x1b.isthmus.v1.FirstStepReport\"j\n\x0f\x46irstStepReport\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x0f\n\x07step_ns\x18\x02 \x01(\x04\x12\x19\n\x11prefilled_locally\x18\x03 \x01(\x08\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\"+\n\x0f\x41\x62ortedSequence\x12\x18\n\x10num_freed_blocks\x18\x01 \x01(\r\"5\n\rSequenceError\x12\x13\n\x0bstatus_code\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t2Q\n\rDecodeService\x12@\n\x05Serve\x12\x18.isthmus.v1.ServeRequest\x1a\x19.isthmus.v1.ServeResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprotos/isthmus/v1/decode.proto\x12\nisthmus.v1\x1a!protos/isthmus/v1/inference.proto\x1a protos/isthmus/v1/sampling.proto\"s\n\x0cServeRequest\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.isthmus.v1.SubmitSequenceH\x00\x12*\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x19.isthmus.v1.AbortSequenceH\x00\x42\t\n\x07\x63ommand\"\xb4\x01\n\x0eSubmitSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x18\n\x10output_token_ids\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.isthmus.v1.SamplingParams\x12\x17\n\x0fprefill_locally\x18\x05 \x01(\x08\x12\x13\n\x0btraceparent\x18\x06 \x01(\t\"#\n\rAbortSequence\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"<\n\rServeResponse\x12+\n\x07outputs\x18\x01 \x03(\x0b\x32\x1a.isthmus.v1.SequenceOutput\"\xe1\x01\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x05token\x18\x02 \x01(\x0b\x32\x18.isthmus.v1.DecodedTokenH\x00\x12.\n\x07\x61\x62orted\x18\x03 \x01(\x0b\x32\x1b.isthmus.v1.AbortedSequenceH\x00\x12*\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x19.isthmus.v1.SequenceErrorH\x00\x12+\n\x08\x64\x65graded\x18\x05 \x01(\x0b\x32\x17.isthmus.v1.DegradationH\x00\x42\x07\n\x05\x65vent\"\xaf\x01\n\x0c\x44\x65\x63odedToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12+\n\x08logprobs\x18\x02 \x01(\x0b\x32\x19.isthmus.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.isthmus.v1.FinishReason\x12/\n\nfirst_step\x18\x04 \x01(\x0b\x32\x1b.isthmus.v1.FirstStepReport\"j\n\x0f\x46irstStepReport\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x0f\n\x07step_ns\x18\x02 \x01(\x04\x12\x19\n\x11prefilled_locally\x18\x03 \x01(\x08\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\"+\n\x0f\x41\x62ortedSequence\x12\x18\n\x10num_freed_blocks\x18\x01 \x01(\r\"5\n\rSequenceError\x12\x13\n\x0bstatus_code\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t2Q\n\rDecodeService\x12@\n\x05Serve\x12\x18.isthmus.v1.ServeRequest\x1a\x19.isthmus.v1.ServeResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.isthmus.v1.decode_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVEREQUEST']._serialized_start=80
-  _globals['_SERVEREQUEST']._serialized_end=195
-  _globals['_SUBMITSEQUENCE']._serialized_start=198
-  _globals['_SUBMITSEQUENCE']._serialized_end=378
-  _globals['_ABORTSEQUENCE']._serialized_start=380
-  _globals['_ABORTSEQUENCE']._serialized_end=415
-  _globals['_SERVERESPONSE']._serialized_start=417
-  _globals['_SERVERESPONSE']._serialized_end=477
-  _globals['_SEQUENCEOUTPUT']._serialized_start=480
-  _globals['_SEQUENCEOUTPUT']._serialized_end=660
-  _globals['_DECODEDTOKEN']._serialized_start=663
-  _globals['_DECODEDTOKEN']._serialized_end=838
-  _globals['_FIRSTSTEPREPORT']._serialized_start=840
-  _globals['_FIRSTSTEPREPORT']._serialized_end=946
-  _globals['_ABORTEDSEQUENCE']._serialized_start=948
-  _globals['_ABORTEDSEQUENCE']._serialized_end=991
-  _globals['_SEQUENCEERROR']._serialized_start=993
-  _globals['_SEQUENCEERROR']._serialized_end=1046
-  _globals['_DECODESERVICE']._serialized_start=1048
-  _globals['_DECODESERVICE']._serialized_end=1129
+  _globals['_SERVEREQUEST']._serialized_start=115
+  _globals['_SERVEREQUEST']._serialized_end=230
+  _globals['_SUBMITSEQUENCE']._serialized_start=233
+  _globals['_SUBMITSEQUENCE']._serialized_end=413
+  _globals['_ABORTSEQUENCE']._serialized_start=415
+  _globals['_ABORTSEQUENCE']._serialized_end=450
+  _globals['_SERVERESPONSE']._serialized_start=452
+  _globals['_SERVERESPONSE']._serialized_end=512
+  _globals['_SEQUENCEOUTPUT']._serialized_start=515
+  _globals['_SEQUENCEOUTPUT']._serialized_end=740
+  _globals['_DECODEDTOKEN']._serialized_start=743
+  _globals['_DECODEDTOKEN']._serialized_end=918
+  _globals['_FIRSTSTEPREPORT']._serialized_start=920
+  _globals['_FIRSTSTEPREPORT']._serialized_end=1026
+  _globals['_ABORTEDSEQUENCE']._serialized_start=1028
+  _globals['_ABORTEDSEQUENCE']._serialized_end=1071
+  _globals['_SEQUENCEERROR']._serialized_start=1073
+  _globals['_SEQUENCEERROR']._serialized_end=1126
+  _globals['_DECODESERVICE']._serialized_start=1128
+  _globals['_DECODESERVICE']._serialized_end=1209
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from protos.isthmus.v1 import inference_pb2 as _inference_pb2
 from protos.isthmus.v1 import sampling_pb2 as _sampling_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -44,16 +45,18 @@ class ServeResponse(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[SequenceOutput, _Mapping]]] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("request_id", "token", "aborted", "error")
+    __slots__ = ("request_id", "token", "aborted", "error", "degraded")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     ABORTED_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token: DecodedToken
     aborted: AbortedSequence
     error: SequenceError
-    def __init__(self, request_id: _Optional[str] = ..., token: _Optional[_Union[DecodedToken, _Mapping]] = ..., aborted: _Optional[_Union[AbortedSequence, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ...) -> None: ...
+    degraded: _inference_pb2.Degradation
+    def __init__(self, request_id: _Optional[str] = ..., token: _Optional[_Union[DecodedToken, _Mapping]] = ..., aborted: _Optional[_Union[AbortedSequence, _Mapping]] = ..., error: _Optional[_Union[SequenceError, _Mapping]] = ..., degraded: _Optional[_Union[_inference_pb2.Degradation, _Mapping]] = ...) -> None: ...
 
 class DecodedToken(_message.Message):
     __slots__ = ("token_id", "logprobs", "finish_reason", "first_step")
