@@ -1,9 +1,8 @@
 """`python -m decode_worker`: one decode worker."""
 
-import sys
-
 from engine.config import CollectivesConfig, EngineConfig
 from kv_transfer.config import TransferConfig
+from mesh.process import end_process
 from mesh.worker_main import Serve, worker_main
 
 
@@ -14,7 +13,7 @@ def load_serve() -> Serve:
 
 
 if __name__ == "__main__":
-    sys.exit(
+    end_process(
         worker_main(
             "decode",
             {

@@ -54,6 +54,8 @@ class EngineConfig:
     micro-batches."""
     num_threads: int | None = None
     """CPU threads of a step. None: as many as the cores given to this process."""
+    step_timeout_s: float = 300.0
+    """A step that takes longer is stuck: the worker ends, and its sequences go on elsewhere."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -88,6 +90,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < self.step_timeout_s <= 1e6:
+            raise ValueError(f"step_timeout_s must be in (0, 1e6], got {self.step_timeout_s}")
         if self.kv_memory_fraction is not None and not 0 < self.kv_memory_fraction <= 1:
             raise ValueError(f"kv_memory_fraction must be in (0, 1], got {self.kv_memory_fraction}")
 

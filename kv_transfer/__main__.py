@@ -1,10 +1,9 @@
 """`python -m kv_transfer`: one store of KV blocks."""
 
-import sys
-
 from engine.config import EngineConfig
 from kv_transfer.config import TransferConfig
 from kv_transfer.store.config import StoreConfig
+from mesh.process import end_process
 from mesh.worker_main import Serve, worker_main
 
 
@@ -15,7 +14,7 @@ def load_serve() -> Serve:
 
 
 if __name__ == "__main__":
-    sys.exit(
+    end_process(
         worker_main(
             "store",
             {"store": StoreConfig, "transfer": TransferConfig, "engine": EngineConfig},

@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import uvloop
 
@@ -62,6 +62,18 @@ def run_service(main: Coroutine[Any, Any, None]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return 0
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process now, with all its threads.
+
+    The interpreter's own end would unwind daemon threads that are inside native code, such as a
+    wait for other ranks' store, and C++ answers that with SIGABRT.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def report_failure(error: Exception) -> int:

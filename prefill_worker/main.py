@@ -106,7 +106,7 @@ async def serve(
     ):
         layout = kv_layout_of(engine)
         async with (
-            EngineThread(engine) as thread,
+            EngineThread(engine, step_timeout_s=engine_config.step_timeout_s) as thread,
             other_ranks(addresses, transfer, worker_id=identity.worker_id) as others,
             KvSender(
                 group := SendingGroup(

@@ -44,6 +44,7 @@ from engine.runtime.engine import (
     Submit,
     TakePrefix,
 )
+from engine.runtime.stall_watch import StallWatch
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +59,18 @@ class EngineThread:
     `dead` is set when the thread has died: the process should end with a status other than 0.
     """
 
-    def __init__(self, engine: StepEngine, *, unclaimed_commit_timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        engine: StepEngine,
+        *,
+        step_timeout_s: float = 300.0,
+        unclaimed_commit_timeout_s: float = 30.0,
+    ) -> None:
         """Take over `engine`; nothing else may touch it from now on.
 
         Args:
             engine: is closed when the thread ends.
+            step_timeout_s: a step that takes longer will not end: the thread counts as dead.
             unclaimed_commit_timeout_s: KV that was committed for a request that nobody submits is
                 freed after this time, so that a gateway's death does not leak blocks.
         """
@@ -80,6 +88,9 @@ class EngineThread:
         self._next_command_id = 0
         self._death: EngineDeadError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stall_watch = StallWatch(step_timeout_s)
+        self._watching: asyncio.Task[None] | None = None
+        self._has_ended = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready: asyncio.Future[None] | None = None
 
@@ -91,12 +102,20 @@ class EngineThread:
         self._engine.report_to(lambda outputs: self._post(self._deliver, outputs))
         self._thread.start()
         await self._ready
+        self._watching = asyncio.create_task(self._watch_stalls(), name="engine-stalls")
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Stop after the current step; what still runs gets an EngineDeadError."""
+        """Stop after the current step; what still runs gets an EngineDeadError.
+
+        A step that has stalled is not waited for: it ends with the process.
+        """
         self._commands.put(None)
-        await asyncio.to_thread(self._thread.join)
+        assert self._watching is not None, "not entered"
+        ending = asyncio.create_task(self._has_ended.wait())
+        await asyncio.wait({ending, self._watching}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (ending, self._watching):
+            task.cancel()
         self._fail_all(EngineDeadError("the engine is stopped"))
 
     @property
@@ -291,6 +310,14 @@ class EngineThread:
             self._fail_all(EngineDeadError(f"the engine thread died: {type(cause).__name__}"))
         self.dead.set()
 
+    async def _watch_stalls(self) -> None:
+        while True:
+            await asyncio.sleep(self._stall_watch.interval_s)
+            if (stall := self._stall_watch.stall) is not None:
+                logger.error("the engine thread is stuck: %s", stall)
+                self._die(stall)
+                return
+
     def _fail_all(self, error: EngineDeadError) -> None:
         if self._death is not None:
             return
@@ -327,14 +354,17 @@ class EngineThread:
             self._post(self._die, error)
         finally:
             self._engine.close()
+            self._post(self._has_ended.set)
 
     def _work(self) -> None:
         """Apply what was asked, step, sleep when there is nothing to do; until told to stop."""
         is_idle = True
         while True:
+            self._stall_watch.end_step()
             if is_idle:
                 self._engine.rest()
             commands = self._take_commands(is_waiting=is_idle)
+            self._stall_watch.begin_step()
             outputs: list[EngineOutput] = []
             for item in commands:
                 if item is None:

@@ -59,6 +59,11 @@ class RaisingServicer(pb_grpc.InferenceServicer):
         return pb.TokenizeResponse(token_ids=[len(request.text)])
 
 
+async def until_end(call: "aio.UnaryStreamCall[Any, Any]") -> None:
+    while await call.read() is not aio.EOF:
+        pass
+
+
 @asynccontextmanager
 async def serving(
     servicer: pb_grpc.InferenceServicer,
@@ -132,8 +137,7 @@ async def test_an_error_while_a_message_is_under_way_ends_the_stream_with_its_co
         call = pb_grpc.InferenceStub(channel).Generate(pb.GenerateRequest())
         await servicer.has_failed.wait()
         with pytest.raises(aio.AioRpcError, match="full") as caught:
-            while await call.read() is not aio.EOF:
-                pass
+            await until_end(call)
     assert type(error_from_rpc(caught.value)) is CapacityError
 
 

@@ -343,3 +343,33 @@ async def test_random_use_leaves_every_block_free():
                 tasks.create_task(one(index, thread))
         assert thread.stats.num_free_blocks == 24
         engine.scheduler.check_conservation()
+
+
+async def test_a_step_that_does_not_end_is_told_and_nobody_waits_for_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sink, engine = ListSink(), make_engine()
+    async with EngineThread(engine, step_timeout_s=0.05) as thread:
+        engine.executor.gate.clear()
+        thread.submit(request(), LOCAL, sink)
+        async with asyncio.timeout(5):
+            await thread.dead.wait()
+        (event,) = sink.events
+        assert isinstance(event, ErrorEvent)
+        assert isinstance(event.error, EngineDeadError)
+        assert str(event.error) == "a step of the engine has not ended within step_timeout_s=0.05"
+        with pytest.raises(EngineDeadError):
+            thread.submit(request("b"), LOCAL, sink)
+    assert not engine.executor.is_closed
+    assert "the engine thread is stuck" in caplog.text
+    engine.executor.gate.set()  # the thread ends
+
+
+async def test_an_idle_engine_is_not_stuck() -> None:
+    sink, engine = ListSink(), make_engine()
+    async with EngineThread(engine, step_timeout_s=0.05) as thread:
+        thread.submit(request(), LOCAL, sink)
+        await sink.wait_until_over("a")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await thread.dead.wait()
