@@ -10,7 +10,8 @@ from typing import Protocol
 
 import torch
 
-from engine.kv_cache.batch import StepBatch
+from engine.kernels.attention_part import AttentionPart
+from engine.kv_cache.batch import KeySpans, StepBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,24 @@ class Kernels(Protocol):
             sinks_H: each head's score for nothing, which only adds to the softmax' divisor.
             value_dim: for a pool with one part (J = 1): its vector is the key, and the first
                 value_dim dims of it are the value; o_THA is as wide.
+        """
+
+    def attention_part(
+        self,
+        q_THA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+        batch: StepBatch,
+        keys: KeySpans,
+        *,
+        scale: float,
+        window: int | None,
+        score_cap: float | None = None,
+        value_dim: int | None = None,
+    ) -> AttentionPart:
+        """Attention to some positions alone; parts of all positions add up to `attention`.
+
+        The pool is read at these positions only: others need not be written yet. Sinks are for
+        `AttentionPart.add_sinks`.
         """
 
     def fuse_attention(self, parts: AttentionParts) -> FusedAttention | None:

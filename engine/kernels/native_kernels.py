@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.kernels.attention_part import AttentionPart
 from engine.kernels.interface import (
     AttentionParts,
     FusedAttention,
@@ -27,7 +28,7 @@ from engine.kernels.native_library import NativeLibrary
 from engine.kernels.native_structures import KvShape, PackedPanels, StepPlan
 from engine.kernels.page_memory import PageMemory, ResultMemory
 from engine.kernels.torch_kernels import TorchKernels
-from engine.kv_cache.batch import StepBatch
+from engine.kv_cache.batch import KeySpans, StepBatch
 
 logger = logging.getLogger(__name__)
 
@@ -261,12 +262,8 @@ class NativeKernels:
         sinks_H: torch.Tensor | None = None,
         value_dim: int | None = None,
     ) -> torch.Tensor:
-        lacking = None
-        if value_dim is not None:
-            lacking = "latent attention"
-        elif score_cap is not None:
-            lacking = "capped attention scores"
-        elif sinks_H is not None:
+        lacking = _lacking_for_attention(value_dim, score_cap)
+        if lacking is None and sinks_H is not None:
             lacking = "attention sinks"
         if lacking is not None:
             return self._torch_for(lacking).attention(
@@ -277,10 +274,7 @@ class NativeKernels:
                 sinks_H=sinks_H,
                 value_dim=value_dim,
             )
-        assert q_THA.dtype is self.dtype, q_THA.dtype
-        assert q_THA.is_contiguous()
-        assert q_THA.shape[2] == kv_PJGCA.shape[4], (q_THA.shape, kv_PJGCA.shape)
-        assert q_THA.shape[1] % kv_PJGCA.shape[2] == 0, (q_THA.shape, kv_PJGCA.shape)
+        self._check_queries(q_THA, kv_PJGCA)
         kv_shape = self.kv_shape_address(kv_PJGCA)
         num_rows, num_heads, head_dim = q_THA.shape
         o_THA = self.empty(num_rows, num_heads * head_dim, self.dtype).view(q_THA.shape)
@@ -292,6 +286,50 @@ class NativeKernels:
             *(len(batch.query_lens), window or 0, scale, self._num_threads),
         )
         return o_THA
+
+    def attention_part(
+        self,
+        q_THA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+        batch: StepBatch,
+        keys: KeySpans,
+        *,
+        scale: float,
+        window: int | None,
+        score_cap: float | None = None,
+        value_dim: int | None = None,
+    ) -> AttentionPart:
+        lacking = _lacking_for_attention(value_dim, score_cap)
+        if lacking is not None:
+            return self._torch_for(lacking).attention_part(
+                *(q_THA, kv_PJGCA, batch, keys),
+                scale=scale,
+                window=window,
+                score_cap=score_cap,
+                value_dim=value_dim,
+            )
+        self._check_queries(q_THA, kv_PJGCA)
+        assert len(keys.by_sequence) == len(batch.query_lens), keys.by_sequence
+        kv_shape = self.kv_shape_address(kv_PJGCA)
+        num_rows, num_heads, head_dim = q_THA.shape
+        o_TF = self.empty(num_rows, num_heads * head_dim, torch.float32)
+        log_sum_TH = self.empty(num_rows, num_heads, torch.float32)
+        table_BW = batch.block_table_BW
+        self.library.attention_part(
+            *(self._code, q_THA.data_ptr(), o_TF.data_ptr(), log_sum_TH.data_ptr()),
+            *(kv_PJGCA.data_ptr(), kv_shape, num_heads),
+            *(table_BW.data_ptr(), table_BW.stride(0)),
+            *(batch.query_start_B1.data_ptr(), batch.context_len_B.data_ptr()),
+            *(keys.bound_X2.data_ptr(), keys.start_B1.data_ptr()),
+            *(len(batch.query_lens), window or 0, scale, self._num_threads),
+        )
+        return AttentionPart(o_TF.view(q_THA.shape), log_sum_TH)
+
+    def _check_queries(self, q_THA: torch.Tensor, kv_PJGCA: torch.Tensor) -> None:
+        assert q_THA.dtype is self.dtype, q_THA.dtype
+        assert q_THA.is_contiguous()
+        assert q_THA.shape[2] == kv_PJGCA.shape[4], (q_THA.shape, kv_PJGCA.shape)
+        assert q_THA.shape[1] % kv_PJGCA.shape[2] == 0, (q_THA.shape, kv_PJGCA.shape)
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         if num_rows * width < NUM_ELEMENTS_LARGE:
@@ -335,3 +373,9 @@ class NativeKernels:
         ]
         assert len(native) == len(layers), "halves of these kernels"
         return NativeLayers(self, native)
+
+
+def _lacking_for_attention(value_dim: int | None, score_cap: float | None) -> str | None:
+    if value_dim is not None:
+        return "latent attention"
+    return None if score_cap is None else "capped attention scores"

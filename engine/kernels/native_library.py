@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 LIBRARY_PATH = Path(__file__).parent / "libisthmus.so"
-VERSION = 3
+VERSION = 4
 
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -26,6 +26,10 @@ _ROPE = [
 _ATTENTION = [
     *(_int, _pointer, _pointer, _pointer, _pointer, _long, _pointer, _long),
     *(_pointer, _pointer, _long, _long, _float, _int),
+]
+_ATTENTION_PART = [
+    *(_int, _pointer, _pointer, _pointer, _pointer, _pointer, _long, _pointer, _long),
+    *(_pointer, _pointer, _pointer, _pointer, _long, _long, _float, _int),
 ]
 _ATTENTION_HALF = [_pointer] * 9
 _MLP_HALF = [_pointer] * 5
@@ -61,6 +65,7 @@ class NativeLibrary:
         )
         self.linear = _bound(releasing, "isthmus_linear", _LINEAR)
         self.attention = _bound(releasing, "isthmus_attention", _ATTENTION)
+        self.attention_part = _bound(releasing, "isthmus_attention_part", _ATTENTION_PART)
         self.attention_half = _bound(releasing, "isthmus_attention_half", _ATTENTION_HALF)
         self.mlp_half = _bound(releasing, "isthmus_mlp_half", _MLP_HALF)
         self.layers = _bound(releasing, "isthmus_layers", _LAYERS)

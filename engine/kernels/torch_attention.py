@@ -136,6 +136,54 @@ def attend_decode(
     return o_BGR1A.squeeze(3).flatten(1, 2)
 
 
+def attend_part(
+    q_THA: torch.Tensor,
+    kv_PJGCA: torch.Tensor,
+    blocks_W: torch.Tensor,
+    queries: range,
+    keys: Sequence[range],
+    scoring: Scoring,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """One sequence's chunk over some positions of its context, computed in float32.
+
+    Args:
+        q_THA: of the positions in `queries`.
+        kv_PJGCA: the pool.
+        blocks_W: block ids of the context.
+        queries: positions.
+        keys: positions, ascending.
+        scoring: without sinks.
+
+    Returns:
+        o_THA and log_sum_TH as in `AttentionPart`, or None where no query sees any of the keys.
+    """
+    first = 0 if scoring.window is None else queries.start - scoring.window + 1
+    spans = [range(max(span.start, first), min(span.stop, queries.stop)) for span in keys]
+    spans = [span for span in spans if span]
+    if not spans:
+        return None
+    device, block_size = q_THA.device, kv_PJGCA.shape[3]
+    position_S = torch.cat([torch.arange(span.start, span.stop, device=device) for span in spans])
+    kv_SJGA = kv_PJGCA[blocks_W[position_S // block_size], :, :, position_S % block_size]
+    k_GSA, v_GSA = _key_and_value(kv_SJGA.permute(1, 2, 0, 3).float(), scoring)
+    query_T = torch.arange(queries.start, queries.stop, device=device)
+    num_rows = max(1, _MAX_SCORES // (q_THA.shape[1] * len(position_S)))
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for q_tHA, query_t in zip(q_THA.split(num_rows), query_T.split(num_rows), strict=True):
+        seen_tS = position_S <= query_t.unsqueeze(1)
+        if scoring.window is not None:
+            seen_tS &= position_S > query_t.unsqueeze(1) - scoring.window
+        q_GRtA = q_tHA.float().unflatten(1, (k_GSA.shape[0], -1)).permute(1, 2, 0, 3)
+        score_GRtS = _scores(q_GRtA, k_GSA, scoring).masked_fill(~seen_tS, -torch.inf)
+        log_sum_GRt = score_GRtS.logsumexp(-1)
+        base_GRt = log_sum_GRt.masked_fill(log_sum_GRt == -torch.inf, 0)
+        weight_GRtS = torch.exp(score_GRtS - base_GRt.unsqueeze(-1))
+        o_GRtA = (weight_GRtS.flatten(1, 2) @ v_GSA).unflatten(1, weight_GRtS.shape[1:3])
+        parts.append((o_GRtA.flatten(0, 1).transpose(0, 1), log_sum_GRt.flatten(0, 1).mT))
+    o_THA, log_sum_TH = (torch.cat(each) for each in zip(*parts, strict=True))
+    return o_THA, log_sum_TH
+
+
 def _attend_score_by_score(
     q_BGRTA: torch.Tensor,
     k_BGSA: torch.Tensor,
@@ -145,11 +193,7 @@ def _attend_score_by_score(
 ) -> torch.Tensor:
     """Softmax in float32 with cap and sinks; `seen` is true where a query sees a position."""
     shape = q_BGRTA.shape[2:4]
-    score = (q_BGRTA.flatten(2, 3) @ k_BGSA.transpose(2, 3)).unflatten(2, shape).float()
-    score *= scoring.scale
-    if scoring.score_cap is not None:
-        score = scoring.score_cap * torch.tanh(score / scoring.score_cap)
-    score = score.masked_fill(~seen, -torch.inf)
+    score = _scores(q_BGRTA, k_BGSA, scoring).masked_fill(~seen, -torch.inf)
     if scoring.sinks_H is None:
         weight_BGRTS = score.softmax(-1)
     else:
@@ -160,6 +204,16 @@ def _attend_score_by_score(
         2, shape
     )
     return o_BGRTA
+
+
+def _scores(q_GRTA: torch.Tensor, k_GSA: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """score_GRTS in float32, scaled and capped; other dims may stand before."""
+    shape = q_GRTA.shape[-3:-1]
+    score_GRTS: torch.Tensor = (q_GRTA.flatten(-3, -2) @ k_GSA.mT).unflatten(-2, shape).float()
+    score_GRTS *= scoring.scale
+    if scoring.score_cap is None:
+        return score_GRTS
+    return scoring.score_cap * torch.tanh(score_GRTS / scoring.score_cap)
 
 
 def _key_and_value(kv_J: torch.Tensor, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:

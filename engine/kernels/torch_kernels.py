@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from engine.kernels.attention_part import AttentionPart
 from engine.kernels.interface import (
     AttentionParts,
     FusedAttention,
@@ -18,8 +19,14 @@ from engine.kernels.interface import (
     MlpParts,
     PackedLinear,
 )
-from engine.kernels.torch_attention import AttentionPlan, Scoring, attend_decode, attend_prompt
-from engine.kv_cache.batch import StepBatch
+from engine.kernels.torch_attention import (
+    AttentionPlan,
+    Scoring,
+    attend_decode,
+    attend_part,
+    attend_prompt,
+)
+from engine.kv_cache.batch import KeySpans, StepBatch
 
 
 class TorchKernels:
@@ -158,6 +165,40 @@ class TorchKernels:
             rows = plan.decode_rows_B
             o_THA[rows] = attend_decode(q_THA[rows], kv_PJGCA, plan, scoring)
         return o_THA
+
+    def attention_part(
+        self,
+        q_THA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+        batch: StepBatch,
+        keys: KeySpans,
+        *,
+        scale: float,
+        window: int | None,
+        score_cap: float | None = None,
+        value_dim: int | None = None,
+    ) -> AttentionPart:
+        scoring = Scoring(scale, window, score_cap, None, value_dim)
+        o_THA = torch.zeros(
+            *(*q_THA.shape[:2], value_dim or q_THA.shape[2]),
+            dtype=torch.float32,
+            device=q_THA.device,
+        )
+        log_sum_TH = o_THA.new_full(q_THA.shape[:2], -torch.inf)
+        start = 0
+        for index, (num_queries, context_len) in enumerate(
+            zip(batch.query_lens, batch.context_lens, strict=True)
+        ):
+            rows = slice(start, start + num_queries)
+            start += num_queries
+            queries = range(context_len - num_queries, context_len)
+            found = attend_part(
+                *(q_THA[rows], kv_PJGCA, batch.block_table_BW[index]),
+                *(queries, keys.by_sequence[index], scoring),
+            )
+            if found is not None:
+                o_THA[rows], log_sum_TH[rows] = found
+        return AttentionPart(o_THA, log_sum_TH)
 
     def _plan_for(self, batch: StepBatch, block_size: int) -> AttentionPlan:
         if self._plan is None or self._batch is not batch:

@@ -1,12 +1,38 @@
 """Where the packed tokens of one step stand in their sequences and in the KV pool.
 
 Shape suffixes: T = tokens of this step, packed over sequences; B = sequences; W = blocks per
-sequence.
+sequence; X = spans of positions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KeySpans:
+    """Parts of the contexts of a step's sequences: which positions their queries attend to."""
+
+    by_sequence: tuple[tuple[range, ...], ...]
+    """Of each, ascending, none in another. What a query does not see for other reasons stays
+    unseen: later positions, those before its window."""
+    bound_X2: torch.Tensor
+    """int32 on the host: first position and end of all spans, sequence after sequence."""
+    start_B1: torch.Tensor
+    """int32 on the host, B + 1 prefix sums of the spans."""
+
+    @classmethod
+    def of(cls, by_sequence: Sequence[Sequence[range]]) -> "KeySpans":
+        """With their index tensors."""
+        bounds = [(span.start, span.stop) for spans in by_sequence for span in spans]
+        starts = [0, *accumulate(len(spans) for spans in by_sequence)]
+        return cls(
+            tuple(tuple(spans) for spans in by_sequence),
+            torch.tensor(bounds, dtype=torch.int32).view(-1, 2),
+            torch.tensor(starts, dtype=torch.int32),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@
 #include "vector.h"
 
 #include <assert.h>
+#include <math.h>
 
 enum {
     BLOCK_ROWS = MAX_SPLIT_ROWS,
@@ -36,6 +37,7 @@ typedef struct {
     float *max, *weight; /* [rows], of the merged output */
     float *chunk_max, *chunk_weight; /* [32] */
     const char *key_rows[KEY_CHUNK], *value_rows[KEY_CHUNK]; /* of the chunk */
+    key_span span; /* positions that are attended to now */
 } unit_memory;
 
 /* Stands for the rows past a context; as long as the longest head. */
@@ -43,7 +45,7 @@ enum { MAX_HEAD_DIM = 1024 };
 static const _Alignas(64) char zero_row[MAX_HEAD_DIM * 4];
 
 /* Finds the rows of a chunk's keys and values in their blocks, `count` of them and zero rows up to
- * the next multiple of 32. */
+ * the next multiple of 32; zero rows too before the span, where nothing may have been written. */
 INLINE void locate_rows(const attention_job *job, const attention_unit *unit, unit_memory *memory,
                         int64_t first, int64_t count, int64_t width) {
     const int32_t *table = job->block_table + unit->sequence * job->table_stride;
@@ -61,6 +63,8 @@ INLINE void locate_rows(const attention_job *job, const attention_unit *unit, un
     }
     for (int64_t key = count; key % 32; ++key)
         memory->key_rows[key] = memory->value_rows[key] = zero_row;
+    for (int64_t key = min_i64(memory->span.first - first, count) - 1; key >= 0; --key)
+        memory->key_rows[key] = memory->value_rows[key] = zero_row;
 }
 
 INLINE void pack_query(int dtype, const attention_job *job, const attention_unit *unit,
@@ -73,12 +77,13 @@ INLINE void multiply_values(unit_memory *memory, int64_t row, int64_t rows, int6
                             int64_t end);
 INLINE void finish_unit(void);
 
-/* Keys of the chunk at `key` that the query at `position` sees: [*first, *end). */
-INLINE void seen_keys(const attention_job *job, int64_t position, int64_t key, int64_t *first,
-                      int64_t *end) {
+/* Keys of the chunk at `key` that the query at `position` sees of a span: [*first, *end), where
+ * it sees any. */
+INLINE void seen_keys(const attention_job *job, key_span span, int64_t position, int64_t key,
+                      int64_t *first, int64_t *end) {
     int64_t lowest = job->window ? position - job->window + 1 : 0;
-    *first = max_i64(lowest - key, 0);
-    *end = max_i64(min_i64(position + 1 - key, KEY_CHUNK), 0);
+    *first = max_i64(max_i64(lowest, span.first) - key, 0);
+    *end = max_i64(min_i64(min_i64(position + 1, span.end) - key, KEY_CHUNK), 0);
 }
 
 /* What one row of a block sees, [first, end), of the keys that some row of it sees. */
@@ -125,13 +130,18 @@ static __attribute__((noinline)) void merge_rows(int64_t rows, int64_t dim, floa
 }
 
 INLINE void write_row(int dtype, const attention_job *job, const attention_unit *unit, int64_t row,
-                      const float *sum, float weight) {
+                      const float *sum, float max, float weight) {
     int64_t group = job->num_heads / job->kv.num_heads, dim = job->kv.head_dim;
     int64_t token = job->query_start[unit->sequence] + unit->first_query + row / group;
     int64_t at = token * job->out_stride + (unit->kv_head * group + row % group) * dim;
-    vf inverse = splat(1.0f / weight);
+    /* A part may have nothing that the row sees. */
+    vf inverse = splat(weight > 0 ? 1.0f / weight : 0.0f);
+    if (job->log_sum) dtype = DTYPE_F32;
     for (int64_t i = 0; i < dim; i += LANES)
         store_any(dtype, job->out, at + i, dim - i, load_f32(sum + i) * inverse);
+    if (job->log_sum)
+        job->log_sum[token * job->num_heads + unit->kv_head * group + row % group] =
+            weight > 0 ? max / LOG2_E + logf(weight) : -INFINITY;
 }
 
 /* A chunk's result of a split unit, which is one query: max and weight of each head, products. */
@@ -146,8 +156,8 @@ INLINE void attend_block(const attention_job *job, const attention_unit *unit,
     int64_t group = job->num_heads / job->kv.num_heads, dim = memory->padded_dim;
     int64_t rows = min_i64(BLOCK_ROWS, memory->rows - row);
     int64_t first, end, unused;
-    seen_keys(job, first_position + row / group, key, &first, &unused);
-    seen_keys(job, first_position + (row + rows - 1) / group, key, &unused, &end);
+    seen_keys(job, memory->span, first_position + row / group, key, &first, &unused);
+    seen_keys(job, memory->span, first_position + (row + rows - 1) / group, key, &unused, &end);
     first = first / 32 * 32;
     end = (end + 31) / 32 * 32;
     if (first >= end) {
@@ -160,7 +170,9 @@ INLINE void attend_block(const attention_job *job, const attention_unit *unit,
     float scale = job->scale * LOG2_E;
     for (int64_t i = 0; i < rows; ++i) {
         spans[i] = (seen_span){.block_first = first, .block_end = end};
-        seen_keys(job, first_position + (row + i) / group, key, &spans[i].first, &spans[i].end);
+        seen_keys(job, memory->span, first_position + (row + i) / group, key, &spans[i].first,
+                  &spans[i].end);
+        if (spans[i].first >= spans[i].end) spans[i].first = spans[i].end = 0;
         find_max(memory, i, spans[i], scale);
     }
     for (int64_t i = 0; i < rows; ++i) weigh_row(memory, i, spans[i], scale);
@@ -188,19 +200,27 @@ INLINE void attend_unit(int dtype, const attention_job *job, const attention_uni
         memory->weight[row] = 0;
     }
     memset(memory->sum, 0, (size_t)(memory->rows * memory->padded_dim) * 4);
-    for (int64_t chunk = unit->first_chunk; chunk < unit->end_chunk; ++chunk) {
-        int64_t key = chunk * KEY_CHUNK;
-        int64_t count = min_i64(end_position - key, KEY_CHUNK);
-        locate_rows(job, unit, memory, key, count, dtype == DTYPE_F32 ? 4 : 2);
-        pack_keys(dtype, job, memory, (count + 31) / 32 * 32);
-        pack_values(dtype, job, memory, (count + 31) / 32 * 32);
-        for (int64_t row = 0; row < memory->rows; row += BLOCK_ROWS)
-            attend_block(job, unit, memory, row, key, first_position, chunk - unit->first_chunk);
+    int64_t first_span = job->span_start ? job->span_start[sequence] : 0;
+    int64_t end_span = job->span_start ? job->span_start[sequence + 1] : 1;
+    for (int64_t i = first_span; i < end_span; ++i) {
+        memory->span = job->span_start ? job->spans[i] : (key_span){0, INT32_MAX};
+        int64_t span_end = min_i64(end_position, memory->span.end);
+        int64_t chunk = max_i64(unit->first_chunk, memory->span.first / KEY_CHUNK);
+        for (; chunk < unit->end_chunk && chunk * KEY_CHUNK < span_end; ++chunk) {
+            int64_t key = chunk * KEY_CHUNK;
+            int64_t count = min_i64(span_end - key, KEY_CHUNK);
+            locate_rows(job, unit, memory, key, count, dtype == DTYPE_F32 ? 4 : 2);
+            pack_keys(dtype, job, memory, (count + 31) / 32 * 32);
+            pack_values(dtype, job, memory, (count + 31) / 32 * 32);
+            for (int64_t row = 0; row < memory->rows; row += BLOCK_ROWS)
+                attend_block(job, unit, memory, row, key, first_position,
+                             chunk - unit->first_chunk);
+        }
     }
     if (unit->partial < 0)
         for (int64_t row = 0; row < memory->rows; ++row)
             write_row(dtype, job, unit, row, memory->sum + row * memory->padded_dim,
-                      memory->weight[row]);
+                      memory->max[row], memory->weight[row]);
     finish_unit();
 }
 
@@ -269,7 +289,7 @@ INLINE void merge_units(int dtype, const attention_job *job, int64_t begin, int6
             merge_rows(group, dim, sum, max, weight, partial + 2 * group, partial, partial + group);
         }
         for (int64_t row = 0; row < group; ++row)
-            write_row(dtype, job, unit, row, sum + row * dim, weight[row]);
+            write_row(dtype, job, unit, row, sum + row * dim, max[row], weight[row]);
     }
 }
 

@@ -83,7 +83,7 @@ void isthmus_run_attention(int dtype, attention_job job, int64_t num_sequences, 
             break;
     }
     int64_t num_parts = num_units > 0 ? (wanted + num_units - 1) / num_units : 1;
-    if (group > MAX_SPLIT_ROWS) num_parts = 1;
+    if (group > MAX_SPLIT_ROWS || job.log_sum) num_parts = 1;
     int64_t max_units = num_units + num_singles * job.kv.num_heads * (num_parts + 1);
     attention_plan plan = {0};
     plan.units = isthmus_scratch(SCRATCH_UNITS, (size_t)max_units * sizeof(attention_unit));
@@ -118,6 +118,34 @@ EXPORT void isthmus_attention(int dtype, const void *q, void *out, const void *k
         .block_table = block_table,
         .query_start = query_start,
         .context_len = context_len,
+        .table_stride = table_stride,
+        .out_stride = num_heads * shape->head_dim,
+        .num_heads = num_heads,
+        .kv = *shape,
+        .window = window,
+        .scale = scale,
+    };
+    isthmus_run_attention(dtype, job, num_sequences, num_threads);
+}
+
+/* A part of attention: to the positions in `spans` alone, `out` and `log_sum` in float32. */
+EXPORT void isthmus_attention_part(int dtype, const void *q, float *out, float *log_sum,
+                                   const void *kv, const kv_shape *shape, int64_t num_heads,
+                                   const int32_t *block_table, int64_t table_stride,
+                                   const int32_t *query_start, const int32_t *context_len,
+                                   const key_span *spans, const int32_t *span_start,
+                                   int64_t num_sequences, int64_t window, float scale,
+                                   int num_threads) {
+    attention_job job = {
+        .q = q,
+        .out = out,
+        .log_sum = log_sum,
+        .kv_memory = kv,
+        .block_table = block_table,
+        .query_start = query_start,
+        .context_len = context_len,
+        .spans = spans,
+        .span_start = span_start,
         .table_stride = table_stride,
         .out_stride = num_heads * shape->head_dim,
         .num_heads = num_heads,

@@ -74,10 +74,17 @@ typedef struct {
 } attention_unit;
 
 typedef struct {
+    int32_t first, end;
+} key_span;
+
+typedef struct {
     const void *q;
-    void *out;
+    void *out;      /* float32 where `log_sum` is given */
+    float *log_sum; /* of the weights, [T][H]; NULL where the result is no part */
     const void *kv_memory;
     const int32_t *block_table, *query_start, *context_len;
+    const key_span *spans;     /* positions that are attended to, ascending */
+    const int32_t *span_start; /* of each sequence in spans, and their end; NULL: all positions */
     const attention_unit *units;
     float *partials;
     int64_t table_stride, out_stride, num_heads;
