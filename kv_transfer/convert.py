@@ -2,14 +2,13 @@
 
 from engine.errors import InvalidRequestError
 from engine.kv_cache.layout import KvLayout
+from engine.scheduling.block_hash import HASH_BYTES
 from kv_transfer.config import address_from, join_address
 from kv_transfer.group_layout import GroupLayout, RankBox
 from kv_transfer.lease import Lease
 from kv_transfer.offer import NixlOffer, Offer, RankOffer, ShmOffer, TcpOffer
 from protos.isthmus.v1 import kv_rank_pb2 as rank_pb
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
-
-HASH_BYTES = 16
 
 
 def layout_to_pb(layout: KvLayout) -> pb.KvLayout:

@@ -7,7 +7,7 @@ from engine.errors import LayoutMismatchError
 from engine.kv_cache.layout import KvLayout
 from kv_transfer.group_layout import GroupLayout
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 WILDCARD_HOSTS = frozenset({"0.0.0.0", "::"})
 
 

@@ -2,17 +2,16 @@
 
 import struct
 from collections.abc import Sequence
+from hashlib import sha256
 
-import xxhash
-
-HASH_BYTES = 16
+HASH_BYTES = 32
 
 
 def block_hashes(token_ids: Sequence[int], block_size_tokens: int, *, salt: int = 0) -> list[bytes]:
     """Hash each full block together with everything before it; a trailing partial block has none.
 
-    h_i = xxh3_128(h_{i-1} || tokens of block i as little-endian uint32); the digest is xxh3's
-    canonical (big-endian) form, and h_{-1} is the salt in 16 little-endian bytes.
+    h_i = SHA-256(h_{i-1} || tokens of block i as little-endian uint32); h_{-1} is the salt in 32
+    little-endian bytes. Nobody can make up a prompt whose blocks pass for another one's.
 
     Args:
         token_ids: of one sequence, from its start.
@@ -33,5 +32,5 @@ def extend_block_hashes(
     for index in range(len(hashes), len(token_ids) // block_size_tokens):
         start = index * block_size_tokens
         block = packer.pack(*token_ids[start : start + block_size_tokens])
-        previous = xxhash.xxh3_128_digest(previous + block)
+        previous = sha256(previous + block).digest()
         hashes.append(previous)

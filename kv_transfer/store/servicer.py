@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from grpc import aio
 
 from engine.errors import InvalidRequestError, LayoutMismatchError, PeerUnavailableError
-from kv_transfer.convert import HASH_BYTES
+from engine.scheduling.block_hash import HASH_BYTES
 from kv_transfer.sender import KvSender
 from kv_transfer.store.block_store import BlockStore
 from protos.isthmus.v1 import kv_store_pb2 as pb
 from protos.isthmus.v1 import kv_store_pb2_grpc as pb_grpc
 
-MAX_BLOCKS = 1 << 18
+MAX_BLOCKS = 1 << 17
 """Of one sequence: bounds what a caller makes the store work."""
 
 

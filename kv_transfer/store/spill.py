@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 CHECKSUM_BYTES = 16
 MAX_WAITING_BYTES = 64 << 20
 """Evicted blocks that wait for the disk; a slower disk than this loses some."""
-_NAME = re.compile(r"[0-9a-f]{32}\.kv")
+_NAME = re.compile(r"[0-9a-f]{64}\.kv")
 
 
 class Spill:

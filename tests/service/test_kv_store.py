@@ -229,11 +229,13 @@ async def test_store_that_does_not_answer_is_waited_for_once(redis, redis_url, m
         assert event.end_ns - event.start_ns < 2e9
         stream = GatewayStream(worker.engine, worker.receiver)
         request = Request(
-            request_id="b", prompt_token_ids=(*range(700, 800),), sampling=SamplingParams()
+            request_id="b",
+            prompt_token_ids=(*range(700, 800),),
+            sampling=SamplingParams(max_tokens=1),
         )
         stream.submit(request, SequenceMode.LOCAL, trace_context=None)
         assert await stream.next_outputs() == [Degraded("b", "prefix_fetch", "avoided")]
-        await stream.abort_all()
+        await stream.drained()
         assert worker.fetcher.decisions == {("compute", "deadline"): 1, ("compute", "avoided"): 1}
         await published(worker, 2)
         assert worker.publisher.outcomes == {"avoided": 2}
@@ -380,7 +382,7 @@ async def test_store_that_left_between_two_calls_is_a_peer_that_is_gone(redis, r
         assert store is not None
         await store.aclose()
         with pytest.raises(PeerUnavailableError, match="has left the mesh"):
-            await store.query([b"h" * 16])
+            await store.query([b"h" * 32])
 
 
 async def test_fetch_is_finished_when_its_store_leaves_the_registry_first(

@@ -178,7 +178,7 @@ async def test_the_receivers_block_size_names_the_prefix() -> None:
 
     def hash_blocks(block_size_tokens: int) -> Sequence[bytes]:
         asked.append(block_size_tokens)
-        return [bytes([index]) * 16 for index in range(NUM_TOKENS // block_size_tokens)]
+        return [bytes([index]) * 32 for index in range(NUM_TOKENS // block_size_tokens)]
 
     async with kv_groups(*layouts) as groups:
         opened = await groups.sender.open(

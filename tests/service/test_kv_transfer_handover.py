@@ -341,7 +341,7 @@ async def refused(error: type[Exception], work) -> None:
         ({"request_id": ""}, InvalidRequestError),
         ({"lease_ns": 0}, InvalidRequestError),
         ({"block_hashes": [b"x" * 15]}, InvalidRequestError),
-        ({"block_hashes": [b"x" * 16] * 4}, InvalidRequestError),
+        ({"block_hashes": [b"x" * 32] * 4}, InvalidRequestError),
         ({"num_tokens": 0xFFFFFFFF}, CapacityError),
         ({"epoch": 1}, KvLeaseLostError),
     ],

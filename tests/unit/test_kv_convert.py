@@ -80,9 +80,9 @@ def test_ranks_that_are_no_worker_are_refused(spoil: Any, problem: str) -> None:
 @pytest.mark.parametrize(
     ("hashes", "problem"),
     [
-        ([b"a" * 16, b"b" * 16, b"a" * 16], "block_hashes names one block twice"),
-        ([b"a" * 16, b"b" * 15], "must have 16 bytes each"),
-        ([bytes([index]) * 16 for index in range(4)], "4 block hashes for 63 tokens"),
+        ([b"a" * 32, b"b" * 32, b"a" * 32], "block_hashes names one block twice"),
+        ([b"a" * 32, b"b" * 31], "must have 32 bytes each"),
+        ([bytes([index]) * 32 for index in range(4)], "4 block hashes for 63 tokens"),
     ],
     ids=["twice", "short", "too-many"],
 )

@@ -15,7 +15,7 @@ BLOCK_BYTES = 64
 
 
 def name(index: int) -> bytes:
-    return bytes([index]) * 16
+    return bytes([index]) * 32
 
 
 def content(index: int) -> bytes:
