@@ -138,39 +138,59 @@ static void linear_few(const linear_job *job, int64_t begin, int64_t end) {
  * pass by. A longer panel is cut into such parts, and the sums wait in memory in between. */
 enum { PART_STEPS = 20 };
 
-/* What is fetched beside the multiplications: the panel after this one into the second-level cache,
- * and the lines that this block's rows will be written to, else stores that miss hold up loads. */
+/* The panel after this one is fetched into the second-level cache beside the multiplications, some
+ * lines with each step of all blocks: all at once they would hold up what the tiles wait for. */
 typedef struct {
     const char *next, *end;
     int64_t lines_a_step;
-    const char *out;
-    int64_t out_stride_bytes, out_rows;
 } lines_ahead;
 
-/* c[rows][0..32) = a[rows][0..32 * steps) @ panel, or that added to c. The multiplications leave the
- * vector units idle: beside them go the rows of the block before, all of them. */
-INLINE void tile_block(const int task, int64_t rows, const uint16_t *a, int64_t a_stride,
+INLINE void fetch_lines(lines_ahead *ahead) {
+    for (int64_t i = 0; i < ahead->lines_a_step && ahead->next < ahead->end; ++i, ahead->next += 64)
+        _mm_prefetch(ahead->next, _MM_HINT_T1);
+}
+
+/* Steps that finish rows of the block before between their multiplications, which leave the vector
+ * units idle: whole blocks only, so that nothing in the loop depends on how many rows there are. */
+INLINE void finish_beside(const int task, const int rows_a_step, const char *a, int64_t a_stride,
+                          const char *panel, ready_rows *ready, lines_ahead *ahead) {
+    for (int step = 0; step < BLOCK_ROWS / rows_a_step; ++step) {
+        multiply_upper(KEEP_PANEL, a, a_stride, panel);
+        for (int row = 0; row < rows_a_step / 2; ++row) finish_row(task, ready);
+        fetch_lines(ahead);
+        multiply_lower(KEEP_PANEL, a, a_stride);
+        for (int row = 0; row < rows_a_step / 2; ++row) finish_row(task, ready);
+        a += INNER_STEP * 2;
+        panel += PANEL_STEP_BYTES;
+    }
+}
+
+/* c[rows][0..32) = a[rows][0..32 * steps) @ panel, or that added to c. All rows of the block before
+ * are finished. */
+INLINE void tile_block(const int task, int64_t rows, const char *a, int64_t a_stride,
                        const char *panel, int64_t steps, int is_added, float *c,
                        ready_rows *ready_before, lines_ahead *lines_after) {
     ready_rows ready = *ready_before;
     lines_ahead ahead = *lines_after;
     int has_lower = rows > TILE_ROWS;
-    int64_t rows_a_step = (ready.rows + steps - 1) / steps;
-    int64_t lines_out = (ahead.out_rows + steps - 1) / steps;
+    int64_t step = 0;
     if (is_added)
         load_block(c, PANEL * 4, has_lower);
     else
         zero_block();
-    for (int64_t step = 0; step < steps; ++step) {
-        finish_rows(task, &ready, rows_a_step);
-        for (int64_t i = 0; i < ahead.lines_a_step && ahead.next < ahead.end; ++i, ahead.next += 64)
-            _mm_prefetch(ahead.next, _MM_HINT_T1);
-        for (int64_t i = 0; i < lines_out && ahead.out_rows > 0; ++i, --ahead.out_rows) {
-            _mm_prefetch(ahead.out, _MM_HINT_T0);
-            ahead.out += ahead.out_stride_bytes;
-        }
-        multiply_step(KEEP_PANEL, (const char *)(a + step * INNER_STEP), a_stride * 2, has_lower,
+    if (has_lower && ready.rows == BLOCK_ROWS && steps >= BLOCK_ROWS / 2) {
+        finish_beside(task, 2, a, a_stride, panel, &ready, &ahead);
+        step = BLOCK_ROWS / 2;
+    } else if (has_lower && ready.rows == BLOCK_ROWS && steps >= BLOCK_ROWS / 4) {
+        finish_beside(task, 4, a, a_stride, panel, &ready, &ahead);
+        step = BLOCK_ROWS / 4;
+    } else {
+        finish_rows(task, &ready, ready.rows);
+    }
+    for (; step < steps; ++step) {
+        multiply_step(KEEP_PANEL, a + step * INNER_STEP * 2, a_stride, has_lower,
                       panel + step * PANEL_STEP_BYTES);
+        fetch_lines(&ahead);
     }
     store_block(c, PANEL * 4, has_lower);
     *ready_before = ready;
@@ -178,7 +198,7 @@ INLINE void tile_block(const int task, int64_t rows, const uint16_t *a, int64_t 
 }
 
 #define TILE_BLOCK(task)                                                                        \
-    static void tile_block_##task(int64_t rows, const uint16_t *a, int64_t a_stride,            \
+    static void tile_block_##task(int64_t rows, const char *a, int64_t a_stride,                \
                                   const char *panel, int64_t steps, int is_added, float *c,     \
                                   ready_rows *ready, lines_ahead *ahead) {                      \
         tile_block(task, rows, a, a_stride, panel, steps, is_added, c, ready, ahead);           \
@@ -186,40 +206,33 @@ INLINE void tile_block(const int task, int64_t rows, const uint16_t *a, int64_t 
 TILE_BLOCK(STORE)
 TILE_BLOCK(STORE_GATE)
 TILE_BLOCK(MULTIPLY)
-typedef void tile_block_fn(int64_t, const uint16_t *, int64_t, const char *, int64_t, int, float *,
+typedef void tile_block_fn(int64_t, const char *, int64_t, const char *, int64_t, int, float *,
                            ready_rows *, lines_ahead *);
 static tile_block_fn *const tile_blocks[] = {tile_block_STORE, tile_block_STORE_GATE,
                                              tile_block_MULTIPLY};
 
 /* Rows [first_row, last_row) of one panel; `of_panel` says what becomes of them. Those that were
- * ready before are finished, and those of the last block are left ready. */
+ * ready before are finished, and those of the last block are left ready. `configured` is the number
+ * of rows that the tiles have: changing it costs as much as two steps. */
 static void pass_panel(const linear_job *job, const char *panel, int64_t first_row,
                        int64_t last_row, ready_rows of_panel, lines_ahead ahead, float *sums,
-                       ready_rows *ready) {
+                       ready_rows *ready, int64_t *configured) {
     int64_t steps = job->inner / INNER_STEP, num_parts = (steps + PART_STEPS - 1) / PART_STEPS;
-    int64_t num_blocks = (last_row - first_row + BLOCK_ROWS - 1) / BLOCK_ROWS, configured = 0;
+    int64_t num_blocks = (last_row - first_row + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    int64_t x_stride = job->x_stride * 2;
     ahead.lines_a_step = (PANEL_STEP_BYTES / 64 + num_blocks - 1) / num_blocks;
     for (int64_t part = 0; part < num_parts; ++part) {
         int64_t first = steps * part / num_parts, end = steps * (part + 1) / num_parts;
         for (int64_t block = 0; block < num_blocks; ++block) {
             int64_t row = block * BLOCK_ROWS;
             int64_t rows = min_i64(BLOCK_ROWS, last_row - first_row - row);
-            if (rows != configured) configure(configured = rows);
-            const uint16_t *x = (const uint16_t *)job->x + (first_row + row) * job->x_stride;
+            if (rows != *configured) configure(*configured = rows);
+            const char *x = (const char *)job->x + (first_row + row) * x_stride;
             float *c = num_parts > 1 ? sums + row * PANEL : sums;
-            int is_last = part + 1 == num_parts;
-            ahead.out_rows = is_last ? rows : 0;
-            if (of_panel.task == STORE_GATE) {
-                ahead.out = (const char *)(of_panel.gates + row * of_panel.gate_stride);
-                ahead.out_stride_bytes = of_panel.gate_stride * 2;
-            } else {
-                ahead.out = of_panel.out + row * of_panel.out_stride_bytes;
-                ahead.out_stride_bytes = of_panel.out_stride_bytes;
-            }
-            tile_blocks[ready->task](rows, x + first * INNER_STEP, job->x_stride,
+            tile_blocks[ready->task](rows, x + first * INNER_STEP * 2, x_stride,
                                      panel + first * PANEL_STEP_BYTES, end - first, part > 0, c,
                                      ready, &ahead);
-            if (!is_last) continue;
+            if (part + 1 < num_parts) continue;
             *ready = of_panel;
             ready->rows = rows;
             ready->c = c;
@@ -236,6 +249,7 @@ static void linear_many(const linear_job *job, int64_t begin, int64_t end) {
     float *sums = isthmus_scratch(SCRATCH_KERNEL, num_sums * 6);
     uint16_t *gates = (uint16_t *)(sums + num_sums);
     ready_rows ready = {.task = STORE};
+    int64_t configured = 0;
     for (int64_t item = begin; item < end; ++item) {
         int64_t range = item / job->num_panels, index = item % job->num_panels;
         int64_t row = range * job->rows_per_range, feature = index * PANEL;
@@ -246,13 +260,14 @@ static void linear_many(const linear_job *job, int64_t begin, int64_t end) {
             lines_ahead up = {.next = panel + half, .end = panel + half + panel_bytes};
             pass_panel(job, panel, row, last_row,
                        rows_of_panel(job, STORE_GATE, row, feature, gates, PANEL), up, sums,
-                       &ready);
+                       &ready, &configured);
             pass_panel(job, panel + half, row, last_row,
                        rows_of_panel(job, MULTIPLY, row, feature, gates, PANEL), ahead, sums,
-                       &ready);
+                       &ready, &configured);
         } else {
             pass_panel(job, panel, row, last_row,
-                       rows_of_panel(job, STORE, row, feature, NULL, 0), ahead, sums, &ready);
+                       rows_of_panel(job, STORE, row, feature, NULL, 0), ahead, sums, &ready,
+                       &configured);
         }
     }
     finish_all(&ready);

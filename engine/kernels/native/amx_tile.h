@@ -57,20 +57,28 @@ INLINE void store_block(float *c, int64_t stride_bytes, int has_lower) {
     }
 }
 
-/* Adds a[rows][32 of the inner dimension] @ one step of a panel. What is not `kept` for the next
- * block passes the first-level cache by. */
-INLINE void multiply_step(const enum kept kept, const char *a, int64_t a_stride_bytes,
-                          int has_lower, const char *panel) {
+/* Adds a[rows][32 of the inner dimension] @ one step of a panel, the upper 16 rows first. What is
+ * not `kept` for the next block passes the first-level cache by. */
+INLINE void multiply_upper(const enum kept kept, const char *a, int64_t a_stride_bytes,
+                           const char *panel) {
     LOAD_TILE(kept == KEEP_ROWS, 4, a, a_stride_bytes);
     LOAD_TILE(kept == KEEP_PANEL, 6, panel, 64);
     LOAD_TILE(kept == KEEP_PANEL, 7, panel + TILE_BYTES, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    if (has_lower) {
-        LOAD_TILE(kept == KEEP_ROWS, 5, a + TILE_ROWS * a_stride_bytes, a_stride_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
+}
+
+/* With the step of the panel that `multiply_upper` has loaded. */
+INLINE void multiply_lower(const enum kept kept, const char *a, int64_t a_stride_bytes) {
+    LOAD_TILE(kept == KEEP_ROWS, 5, a + TILE_ROWS * a_stride_bytes, a_stride_bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+}
+
+INLINE void multiply_step(const enum kept kept, const char *a, int64_t a_stride_bytes,
+                          int has_lower, const char *panel) {
+    multiply_upper(kept, a, a_stride_bytes, panel);
+    if (has_lower) multiply_lower(kept, a, a_stride_bytes);
 }
 
 #endif

@@ -51,8 +51,11 @@ void isthmus_run_linear(int dtype, linear_job job, int num_threads) {
     int64_t most_rows = RANGE_BYTES / (job.inner * element_bytes(dtype)) / 32 * 32;
     if (most_rows < 64) most_rows = 64;
     int64_t num_ranges = (job.num_rows + most_rows - 1) / most_rows;
-    /* Where a panel is used often enough to be read by each thread, a thread keeps its rows. */
-    if (num_threads > 1 && job.num_rows >= KEPT_ROWS * num_threads)
+    /* Where a panel is used often enough to be read by each thread, a thread keeps its rows; but of
+     * a weight much larger than one range of all rows each thread reads a part. */
+    int64_t num_weights = job.num_panels * PANEL * (job.is_gated ? 2 : 1);
+    int is_shared = num_ranges == 1 && num_weights >= 4 * job.num_rows;
+    if (num_threads > 1 && !is_shared && job.num_rows >= KEPT_ROWS * num_threads)
         num_ranges = round_up(num_ranges, num_threads);
     job.rows_per_range = round_up((job.num_rows + num_ranges - 1) / num_ranges, 32);
     isthmus_run(isthmus_kernels->linear[dtype], &job, num_ranges * job.num_panels, num_threads, 1);
