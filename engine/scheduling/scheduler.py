@@ -16,30 +16,25 @@ is neither preempted nor ended.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from engine.errors import (
-    CapacityError,
-    DuplicateRequestError,
-    IsthmusError,
-    LayoutMismatchError,
-    UnknownRequestError,
-)
-from engine.request import FinishReason, Request
+from engine.errors import DuplicateRequestError, IsthmusError, LayoutMismatchError
+from engine.request import Request
 from engine.runtime.commands import (
     EngineEvent,
     ErrorEvent,
-    FirstTokenTiming,
     KvComputedEvent,
     PreemptedEvent,
     Reservation,
     SequenceMode,
     TokenEvent,
 )
+from engine.scheduling.admission import Admission
 from engine.scheduling.block_pool import BlockPool
 from engine.scheduling.limits import EngineLimits
-from engine.scheduling.sequence import BlockReservation, Sequence, SequenceState
+from engine.scheduling.reservations import Reservations
+from engine.scheduling.sequence import Sequence, SequenceState
 from engine.scheduling.step_plan import DrawnToken, ScheduledChunk, StepPlan
 
 _GROWING_MODES = (SequenceMode.LOCAL, SequenceMode.DECODE)
@@ -72,6 +67,13 @@ class Scheduler:
         """
         self.limits = limits
         self.block_pool = BlockPool(limits.num_blocks, first_block_id)
+        self._admission = Admission(
+            self.block_pool,
+            limits,
+            has_prefix_cache=has_prefix_cache,
+            num_kept_free=lambda: sum(1 for s in self._running if s.mode in _GROWING_MODES),
+        )
+        self.reservations = Reservations(self._admission, limits)
         self.max_num_sequences = max_num_sequences
         self.eos_token_ids = eos_token_ids
         self.has_prefix_cache = has_prefix_cache
@@ -80,14 +82,10 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefill_tokens = 0
         self.num_decode_tokens = 0
-        self.num_prefix_hit_tokens = 0
-        self._next_ordinal = 0
         self._sequences: dict[str, Sequence] = {}
         self._running: list[Sequence] = []
         self._ready: deque[Sequence] = deque()
         self._waiting: deque[Sequence] = deque()
-        self._reservations: dict[str, BlockReservation] = {}
-        self._waiting_reservations: deque[BlockReservation] = deque()
         self._ended_prefixes: list[tuple[bytes, ...]] = []
         self._untold: list[EngineEvent] = []
 
@@ -101,7 +99,7 @@ class Scheduler:
 
     def is_known(self, request_id: str) -> bool:
         """Whether a sequence or a reservation has this id."""
-        return request_id in self._sequences or request_id in self._reservations
+        return request_id in self._sequences or self.reservations.get(request_id) is not None
 
     @property
     def num_free_blocks(self) -> int:
@@ -121,8 +119,9 @@ class Scheduler:
         return len(self._sequences)
 
     @property
-    def num_reservations(self) -> int:
-        return len(self._reservations)
+    def num_prefix_hit_tokens(self) -> int:
+        """Tokens that those who were admitted did not need to compute, or to be sent."""
+        return self._admission.num_prefix_hit_tokens
 
     @property
     def num_running(self) -> int:
@@ -155,13 +154,13 @@ class Scheduler:
             Whether it must wait for blocks; then the tokens to compute before it is done with its
             own, each sequence that is here counted as one block more: it decodes beside it.
         """
-        cached = self.block_pool.cached_prefix(hashes) if self.has_prefix_cache else []
+        cached = self._admission.cached_prefix(hashes)
         wanted = self.block_pool.num_taken_by(self.limits.num_blocks_for(num_tokens), cached)
         waiting = [each.num_tokens for each in self._waiting]
-        waiting += [each.num_tokens for each in self._waiting_reservations]
+        waiting += [each.num_tokens for each in self.reservations.waiting]
         wanted += sum(map(self.limits.num_blocks_for, waiting))
-        must_wait = wanted + self._headroom > self.block_pool.num_free
-        num_here = len(self._sequences.keys() | self._reservations.keys())
+        must_wait = not self._admission.has_room(wanted)
+        num_here = len(self._sequences.keys() | set(self.reservations))
         block_size = self.limits.block_size_tokens
         num_new = num_tokens - len(cached) * block_size
         return must_wait, self.num_waiting_tokens + num_new + num_here * block_size
@@ -182,7 +181,7 @@ class Scheduler:
             mode,
             now_ns,
             SequenceState.AWAITING_KV if is_decode else SequenceState.WAITING,
-            self._take_ordinal(),
+            self._admission.take_ordinal(),
             [*request.prompt_token_ids, *request.output_token_ids],
             self.hash_salt_of(len(request.prompt_token_ids)),
         )
@@ -197,7 +196,7 @@ class Scheduler:
 
         No plan in flight may have tokens of it.
         """
-        num_freed = self._drop_reservation(request_id)
+        num_freed = self.reservations.drop(request_id)
         sequence = self._sequences.get(request_id)
         return num_freed if sequence is None else num_freed + self._end(sequence)
 
@@ -209,26 +208,15 @@ class Scheduler:
         return self._end(sequence)
 
     def reserve(self, request_id: str, num_tokens: int, hashes: Seq[bytes]) -> None:
-        """Queue a reservation; `grant_reservations` answers it.
-
-        Raises:
-            DuplicateRequestError: the id has a reservation already.
-            CapacityError: it never fits.
-        """
-        self.limits.check_reservation(num_tokens)
-        if request_id in self._reservations:
-            raise DuplicateRequestError(f"request {request_id} has a reservation already")
-        full_blocks = list(hashes[: num_tokens // self.limits.block_size_tokens])
-        reservation = BlockReservation(request_id, num_tokens, full_blocks, self._take_ordinal())
-        self._reservations[request_id] = reservation
-        self._waiting_reservations.append(reservation)
+        """Queue a reservation; `grant_reservations` answers it. See `Reservations.reserve`."""
+        self.reservations.reserve(request_id, num_tokens, hashes)
 
     def cancel_reservation(self, request_id: str) -> int:
         """Free a reservation unless its KV is committed; a submitted sequence waits on."""
-        reservation = self._reservations.get(request_id)
-        if reservation is None or reservation.first_token_id is not None:
+        reservation = self.reservations.get(request_id)
+        if reservation is None or reservation.is_committed:
             return 0
-        return self._drop_reservation(request_id)
+        return self.reservations.drop(request_id)
 
     def commit_reservation(
         self, request_id: str, first_token_id: int, now_ns: int
@@ -238,16 +226,7 @@ class Scheduler:
         Raises:
             UnknownRequestError: no granted, uncommitted reservation has this id.
         """
-        reservation = self._reservations.get(request_id)
-        if (
-            reservation is None
-            or not reservation.is_granted
-            or reservation.first_token_id is not None
-        ):
-            raise UnknownRequestError(f"nothing is reserved for request {request_id}")
-        self.limits.check_token_ids((first_token_id,), "commit")
-        reservation.first_token_id = first_token_id
-        reservation.committed_ns = now_ns
+        self.reservations.commit(request_id, first_token_id, now_ns)
         return self._join(request_id)
 
     # Prefixes that others read or write while no sequence of ours needs them.
@@ -259,37 +238,22 @@ class Scheduler:
     def hold_prefix(self, hold_id: str, hashes: Seq[bytes]) -> Reservation:
         """Keep the cached blocks of leading `hashes` unchanged until `cancel_reservation`.
 
-        Raises:
-            DuplicateRequestError: the id has a reservation already.
-            CapacityError: sequences that decode may need these blocks at once.
+        Raises as `Reservations.hold`.
         """
         cached = self.block_pool.cached_prefix(hashes)
-        return self._hold(hold_id, hashes[: len(cached)], cached)
+        return self.reservations.hold(hold_id, hashes[: len(cached)], cached)
 
     def take_prefix(self, hold_id: str, hashes: Seq[bytes]) -> Reservation:
         """Take a block for each of `hashes` now: the cached ones, then ones to be written.
 
-        They stay until `adopt_prefix` or `cancel_reservation`.
-
-        Raises:
-            DuplicateRequestError, CapacityError: as `hold_prefix`; it waits for nobody.
+        They stay until `adopt_prefix` or `cancel_reservation`. It waits for nobody, and raises as
+        `hold_prefix`.
         """
-        return self._hold(hold_id, hashes, self.block_pool.cached_prefix(hashes))
+        return self.reservations.hold(hold_id, hashes, self.block_pool.cached_prefix(hashes))
 
     def adopt_prefix(self, hold_id: str, num_blocks: int) -> None:
-        """The first `num_blocks` of `take_prefix` hold their KV: cached from now on; all are free.
-
-        Raises:
-            UnknownRequestError: nothing was taken under this id, or it was given back.
-        """
-        hold = self._reservations.pop(hold_id, None)
-        if hold is None:
-            raise UnknownRequestError(f"no prefix was taken as {hold_id}")
-        for block_id, block_hash in zip(
-            hold.block_ids[:num_blocks], hold.hashes[:num_blocks], strict=True
-        ):
-            self.block_pool.register(block_id, block_hash)
-        self.block_pool.release(hold.block_ids)
+        """The first `num_blocks` of `take_prefix` hold their KV. See `Reservations.adopt`."""
+        self.reservations.adopt(hold_id, num_blocks)
 
     def take_ended_prefixes(self) -> list[tuple[bytes, ...]]:
         """Hashes of the full blocks of sequences that ended since the last call, each in order."""
@@ -299,7 +263,7 @@ class Scheduler:
     def grant_reservations(self) -> list[tuple[str, Reservation]]:
         """Give blocks to waiting reservations, unless an older sequence waits for blocks too."""
         oldest = self._waiting[0].ordinal if self._waiting else None
-        return list(self._granted_before(oldest))
+        return list(self.reservations.granted_before(oldest))
 
     # Steps.
 
@@ -328,14 +292,14 @@ class Scheduler:
         granted: list[tuple[str, Reservation]] = []
         while self._waiting and len(self._running) < self.max_num_sequences and budget > 0:
             sequence = self._waiting[0]
-            granted += self._granted_before(sequence.ordinal)
+            granted += self.reservations.granted_before(sequence.ordinal)
             if not self._admit(sequence):
                 break
             self._waiting.popleft()
             self._run(sequence)
             budget -= self._plan_prefill(sequence, budget, chunks)
         else:  # what waits now waits for a place in the batch, not for blocks
-            granted += self._granted_before(None)
+            granted += self.reservations.granted_before(None)
         for chunk in chunks:
             scheduled = self._sequences[chunk.request_id]
             scheduled.num_planned_tokens += len(chunk.token_ids)
@@ -371,11 +335,9 @@ class Scheduler:
     def check_conservation(self) -> None:
         """Assert that sequences and reservations hold exactly the blocks that are held."""
         self.block_pool.check_conservation()
-        held: set[int] = set()
+        held = self.reservations.block_ids
         for sequence in self._sequences.values():
             held.update(sequence.block_ids)
-        for reservation in self._reservations.values():
-            held.update(reservation.block_ids)
         num_held = self.block_pool.num_blocks - self.block_pool.num_free
         assert len(held) == num_held, f"{num_held} blocks held, owners know {len(held)}"
 
@@ -448,45 +410,11 @@ class Scheduler:
 
     # Admission.
 
-    @property
-    def _headroom(self) -> int:
-        return sum(1 for sequence in self._running if sequence.mode in _GROWING_MODES)
-
-    def _allocate(self, num_tokens: int, hashes: Seq[bytes]) -> tuple[list[int], int] | None:
-        """Blocks for `num_tokens` and how many leading tokens they hold; None when it must wait."""
-        cached = self.block_pool.cached_prefix(hashes) if self.has_prefix_cache else []
-        num_blocks = self.limits.num_blocks_for(num_tokens)
-        taken = self.block_pool.num_taken_by(num_blocks, cached)
-        if taken + self._headroom > self.block_pool.num_free:
-            return None
-        num_cached_tokens = len(cached) * self.limits.block_size_tokens
-        self.num_prefix_hit_tokens += num_cached_tokens
-        return self.block_pool.allocate(num_blocks, cached), num_cached_tokens
-
-    def _hold(self, hold_id: str, hashes: Seq[bytes], cached: list[int]) -> Reservation:
-        if hold_id in self._reservations:
-            raise DuplicateRequestError(f"{hold_id} has a reservation already")
-        taken = self.block_pool.num_taken_by(len(hashes), cached)
-        if not self.has_prefix_cache or taken + self._headroom > self.block_pool.num_free:
-            raise CapacityError(f"no {taken} KV blocks to spare, {self.block_pool.num_free} free")
-        num_tokens = len(hashes) * self.limits.block_size_tokens
-        self._reservations[hold_id] = BlockReservation(
-            hold_id,
-            num_tokens,
-            list(hashes),
-            self._take_ordinal(),
-            self.block_pool.allocate(len(hashes), cached),
-            len(cached) * self.limits.block_size_tokens,
-            is_granted=True,
-        )
-        hold = self._reservations[hold_id]
-        return Reservation(tuple(hold.block_ids), hold.num_cached_tokens)
-
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its blocks; at least its last token stays to be computed."""
         hashes = sequence.hashes_of_full_blocks(self.limits.block_size_tokens)
         usable = hashes[: (sequence.num_tokens - 1) // self.limits.block_size_tokens]
-        allocated = self._allocate(sequence.num_tokens, usable)
+        allocated = self._admission.allocate(sequence.num_tokens, usable)
         if allocated is None:
             return False
         sequence.block_ids, num_cached_tokens = allocated
@@ -502,27 +430,10 @@ class Scheduler:
         sequence.move_to(SequenceState.RUNNING)
         self._running.append(sequence)
 
-    def _granted_before(self, ordinal: int | None) -> Iterator[tuple[str, Reservation]]:
-        """Grant waiting reservations in order, those older than `ordinal`, while they fit."""
-        while self._waiting_reservations:
-            reservation = self._waiting_reservations[0]
-            if ordinal is not None and reservation.ordinal > ordinal:
-                return
-            allocated = self._allocate(reservation.num_tokens, reservation.hashes)
-            if allocated is None:
-                return
-            self._waiting_reservations.popleft()
-            reservation.block_ids, reservation.num_cached_tokens = allocated
-            reservation.is_granted = True
-            yield (
-                reservation.request_id,
-                Reservation(tuple(reservation.block_ids), reservation.num_cached_tokens),
-            )
-
     def _join(self, request_id: str) -> list[EngineEvent]:
         """Make a submitted sequence ready if its KV is committed; either may come first."""
         sequence = self._sequences.get(request_id)
-        reservation = self._reservations.get(request_id)
+        reservation = self.reservations.get(request_id)
         if sequence is None or sequence.state is not SequenceState.AWAITING_KV:
             return []
         if reservation is None or reservation.first_token_id is None:
@@ -537,7 +448,7 @@ class Scheduler:
                 f"{sequence.num_tokens} tokens, or of other tokens"
             )
             return [ErrorEvent(request_id, error)]
-        del self._reservations[request_id]
+        self.reservations.hand_on(request_id)
         sequence.block_ids = reservation.block_ids
         sequence.begin_at(sequence.num_tokens)
         sequence.num_cached_tokens = reservation.num_cached_tokens
@@ -588,8 +499,8 @@ class Scheduler:
     def _append(self, sequence: Sequence, drawn: DrawnToken, now_ns: int) -> TokenEvent:
         """Book a drawn token; a finished sequence gives its blocks back, PREFILL holds them."""
         sequence.token_ids.append(drawn.token_id)
-        finish_reason = self._finish_reason(sequence, drawn.token_id)
-        first = None if sequence.has_drawn else self._first_timing(sequence, now_ns)
+        finish_reason = sequence.finish_reason(self.eos_token_ids, self.limits.max_context_tokens)
+        first = None if sequence.has_drawn else sequence.first_timing(now_ns)
         sequence.has_drawn = True
         if sequence.mode is SequenceMode.PREFILL:
             self._running.remove(sequence)
@@ -597,30 +508,6 @@ class Scheduler:
         elif finish_reason is not None:
             self._end(sequence)
         return TokenEvent(sequence.request_id, drawn.token_id, drawn.logprobs, finish_reason, first)
-
-    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        sampling = sequence.request.sampling
-        is_eos = token_id in self.eos_token_ids and not sampling.ignore_eos
-        if (is_eos or token_id in sampling.stop_token_ids) and (
-            sequence.num_output_tokens > sampling.min_tokens
-        ):
-            return FinishReason.STOP
-        if (
-            sequence.num_output_tokens >= sampling.max_tokens
-            or sequence.num_tokens >= self.limits.max_context_tokens
-        ):
-            return FinishReason.LENGTH
-        return None
-
-    def _first_timing(self, sequence: Sequence, now_ns: int) -> FirstTokenTiming:
-        assert sequence.scheduled_ns is not None, f"{sequence.request_id} drew before its step"
-        return FirstTokenTiming(
-            sequence.arrived_ns,
-            sequence.scheduled_ns,
-            now_ns,
-            sequence.num_cached_tokens,
-            sequence.is_prefilled_locally,
-        )
 
     # Ends.
 
@@ -641,18 +528,6 @@ class Scheduler:
         num_freed = self.block_pool.release(sequence.block_ids)
         sequence.block_ids = []
         return num_freed
-
-    def _drop_reservation(self, request_id: str) -> int:
-        reservation = self._reservations.pop(request_id, None)
-        if reservation is None:
-            return 0
-        if not reservation.is_granted:
-            self._waiting_reservations.remove(reservation)
-        return self.block_pool.release(reservation.block_ids)
-
-    def _take_ordinal(self) -> int:
-        self._next_ordinal += 1
-        return self._next_ordinal
 
 
 def _is_one_behind(sequence: Sequence) -> bool:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from engine.request import Request
-from engine.runtime.commands import SequenceMode
+from engine.request import FinishReason, Request
+from engine.runtime.commands import FirstTokenTiming, SequenceMode
 from engine.scheduling.block_hash import extend_block_hashes
 
 
@@ -100,18 +100,27 @@ class Sequence:
         )
         return self.block_hashes
 
+    def finish_reason(
+        self, eos_token_ids: frozenset[int], max_context_tokens: int
+    ) -> FinishReason | None:
+        """Why its newest token, a drawn one, is its last; None when it goes on."""
+        token_id, sampling = self.token_ids[-1], self.request.sampling
+        is_eos = token_id in eos_token_ids and not sampling.ignore_eos
+        if (is_eos or token_id in sampling.stop_token_ids) and (
+            self.num_output_tokens > sampling.min_tokens
+        ):
+            return FinishReason.STOP
+        if self.num_output_tokens >= sampling.max_tokens or self.num_tokens >= max_context_tokens:
+            return FinishReason.LENGTH
+        return None
 
-@dataclass(slots=True, eq=False)
-class BlockReservation:
-    """Blocks taken, or waited for, on behalf of a prefill worker."""
-
-    request_id: str
-    num_tokens: int
-    hashes: list[bytes]
-    ordinal: int
-    block_ids: list[int] = field(default_factory=list)
-    num_cached_tokens: int = 0
-    is_granted: bool = False
-    first_token_id: int | None = None
-    """Set when the KV is committed."""
-    committed_ns: int = 0
+    def first_timing(self, now_ns: int) -> FirstTokenTiming:
+        """Of its first token, which was drawn now."""
+        assert self.scheduled_ns is not None, f"{self.request_id} drew before its step"
+        return FirstTokenTiming(
+            self.arrived_ns,
+            self.scheduled_ns,
+            now_ns,
+            self.num_cached_tokens,
+            self.is_prefilled_locally,
+        )

@@ -646,7 +646,7 @@ def test_random_schedules_end_with_all_blocks_free(
     for request_id in requests:
         scheduler.abort(request_id)
     scheduler.check_conservation()
-    assert scheduler.num_sequences == scheduler.num_reservations == 0
+    assert scheduler.num_sequences == len(scheduler.reservations) == 0
     assert scheduler.block_pool.num_free == num_blocks
 
 

@@ -53,7 +53,7 @@ class ReceivingEnd:
         if self.process.is_alive:  # else it is memory that only its writers still map
             lease = self.receiver._table.get(lease_id)
             request_id = None if lease is None else lease.request_id
-            reservation = self.engine.scheduler._reservations.get(request_id or "")
+            reservation = self.engine.scheduler.reservations.get(request_id or "")
             is_lent = (
                 lease is not None
                 and lease.state not in (LeaseState.COMMITTED, LeaseState.FREED)

@@ -258,7 +258,7 @@ class _Schedule:
             counts = {
                 "blocks": scheduler.limits.num_blocks - scheduler.block_pool.num_free,
                 "sequences": scheduler.num_sequences,
-                "reservations": scheduler.num_reservations,
+                "reservations": len(scheduler.reservations),
             }
             if host is self.decode:
                 counters = worker.receiver.counters
