@@ -6,6 +6,7 @@ from pathlib import Path
 from engine.parallel.layout import ParallelLayout
 
 _ONE_RANK = ParallelLayout()
+KV_DTYPES = ("auto", "int8", "fp8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -16,6 +17,10 @@ class EngineConfig:
 
     dtype: str = "auto"
     """auto: the checkpoint's own when it is a float type, bfloat16 for quantised GGUF."""
+    kv_dtype: str = "auto"
+    """What the KV pool holds, and handovers carry. auto: what the model computes in; int8 or fp8
+    (e4m3) take a byte a value and a scale for each head and token, and change answers a little.
+    Prefill and decode must agree."""
     device: str = "auto"
     """auto: cuda when there is one, else cpu."""
     block_size_tokens: int = 16
@@ -60,6 +65,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(
+                f"kv_dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}"
+            )
         if self.device not in DEVICES:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {self.device!r}")
         for name in (

@@ -100,7 +100,11 @@ class FusedLayers(Protocol):
 
 
 class Kernels(Protocol):
-    """Fused operations of one device. No call allocates more than its result; none synchronises."""
+    """Fused operations of one device. No call allocates more than its result; none synchronises.
+
+    A pool may have rows at lower precision, with scales: its dtype says so (see
+    `engine.kv_cache.scaled_rows`), and what is written to it is rounded.
+    """
 
     name: str
 
@@ -164,9 +168,17 @@ class Kernels(Protocol):
         """Rotate all dims of each head (half-split form), as a new tensor."""
 
     def store_latent(
-        self, latent_TA: torch.Tensor, kv_PJGCA: torch.Tensor, batch: StepBatch
+        self,
+        latent_TA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+        batch: StepBatch,
+        *,
+        value_dim: int,
     ) -> None:
-        """Write each token's latent vector to `slot_T` of a pool with one part and one head."""
+        """Write each token's latent vector to `slot_T` of a pool with one part and one head.
+
+        Its first value_dim dims are scaled apart from the others where the pool has scales.
+        """
 
     def attention(
         self,

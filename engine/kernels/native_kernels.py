@@ -29,6 +29,7 @@ from engine.kernels.native_structures import KvShape, PackedPanels, StepPlan
 from engine.kernels.page_memory import PageMemory, ResultMemory
 from engine.kernels.torch_kernels import TorchKernels
 from engine.kv_cache.batch import KeySpans, StepBatch
+from engine.kv_cache.scaled_rows import is_scaled, values_of_row
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,8 @@ class NativeKernels:
         assert qkv_TF.dtype is self.dtype, qkv_TF.dtype
         assert stride == 1, stride
         assert width == (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, width
-        assert kv_PJGCA.shape[2::2] == (heads.num_kv_heads, heads.head_dim), kv_PJGCA.shape
+        assert kv_PJGCA.shape[2] == heads.num_kv_heads, kv_PJGCA.shape
+        assert values_of_row(kv_PJGCA) == heads.head_dim, kv_PJGCA.shape
         assert cos_TA.dtype is sin_TA.dtype is torch.float32
         assert cos_TA.shape == sin_TA.shape == (num_rows, half), cos_TA.shape
         assert cos_TA.is_contiguous()
@@ -230,9 +232,15 @@ class NativeKernels:
         return self._torch_for("rotation alone").rotate(x_THA, cos_TA, sin_TA)
 
     def store_latent(
-        self, latent_TA: torch.Tensor, kv_PJGCA: torch.Tensor, batch: StepBatch
+        self,
+        latent_TA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+        batch: StepBatch,
+        *,
+        value_dim: int,
     ) -> None:
-        self._torch_for("latent attention").store_latent(latent_TA, kv_PJGCA, batch)
+        kernels = self._torch_for("latent attention")
+        kernels.store_latent(latent_TA, kv_PJGCA, batch, value_dim=value_dim)
 
     def _torch_for(self, what: str) -> TorchKernels:
         """The kernels that serve what the C library lacks; says so once."""
@@ -328,7 +336,7 @@ class NativeKernels:
     def _check_queries(self, q_THA: torch.Tensor, kv_PJGCA: torch.Tensor) -> None:
         assert q_THA.dtype is self.dtype, q_THA.dtype
         assert q_THA.is_contiguous()
-        assert q_THA.shape[2] == kv_PJGCA.shape[4], (q_THA.shape, kv_PJGCA.shape)
+        assert q_THA.shape[2] == values_of_row(kv_PJGCA), (q_THA.shape, kv_PJGCA.shape)
         assert q_THA.shape[1] % kv_PJGCA.shape[2] == 0, (q_THA.shape, kv_PJGCA.shape)
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -345,9 +353,9 @@ class NativeKernels:
 
     def kv_shape_address(self, kv_PJGCA: torch.Tensor) -> int:
         """Of the same structure for all layers of a pool; it stays valid until another pool's."""
-        key = (*kv_PJGCA.shape, *kv_PJGCA.stride())
+        key = (kv_PJGCA.dtype, *kv_PJGCA.shape, *kv_PJGCA.stride())
         if key != self._kv_key:
-            assert kv_PJGCA.dtype is self.dtype, kv_PJGCA.dtype
+            assert kv_PJGCA.dtype is self.dtype or is_scaled(kv_PJGCA), kv_PJGCA.dtype
             self._kv_key = key
             self._kv_shape = KvShape.of(kv_PJGCA)
         return ctypes.addressof(self._kv_shape)

@@ -13,6 +13,7 @@ import torch
 from engine.kernels.interface import AttentionParts, MlpParts
 from engine.kernels.native_library import NativeLibrary
 from engine.kernels.native_structures import AttentionHalf, HalfLinear, MlpHalf, WholeLayer
+from engine.kv_cache.scaled_rows import values_of_row
 
 
 class NativeStep(Protocol):
@@ -79,7 +80,8 @@ class NativeAttention:
         assert cos_TA.shape == sin_TA.shape == (num_rows, heads.head_dim // 2), cos_TA.shape
         assert cos_TA.is_contiguous()
         assert sin_TA.is_contiguous()
-        assert kv_PJGCA.shape[2::2] == (heads.num_kv_heads, heads.head_dim), kv_PJGCA.shape
+        assert kv_PJGCA.shape[2] == heads.num_kv_heads, kv_PJGCA.shape
+        assert values_of_row(kv_PJGCA) == heads.head_dim, kv_PJGCA.shape
 
 
 class NativeMlp:

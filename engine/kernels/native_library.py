@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 LIBRARY_PATH = Path(__file__).parent / "libisthmus.so"
-VERSION = 4
+VERSION = 5
 
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 

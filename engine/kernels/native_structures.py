@@ -13,6 +13,9 @@ import torch
 
 from engine.kernels.interface import PackedLinear
 from engine.kv_cache.batch import StepBatch
+from engine.kv_cache.scaled_rows import values_of_row
+
+SCALING_CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}
 
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -34,6 +37,7 @@ class KvShape(ctypes.Structure):
     _fields_ = [
         *(("num_heads", _long), ("block_size", _long), ("head_dim", _long)),
         *(("block_stride", _long), ("side_stride", _long), ("head_stride", _long)),
+        *(("slot_stride", _long), ("scaling", _long)),
     ]
 
     @classmethod
@@ -41,7 +45,8 @@ class KvShape(ctypes.Structure):
         """Sizes and strides of one layer's view of the pool."""
         strides = kv_PJGCA.stride()
         assert strides[3:] == (kv_PJGCA.shape[4], 1), strides
-        return cls(*kv_PJGCA.shape[2:], *strides[:3])
+        scaling = SCALING_CODES.get(kv_PJGCA.dtype, 0)
+        return cls(*kv_PJGCA.shape[2:4], values_of_row(kv_PJGCA), *strides[:4], scaling)
 
 
 class StepPlan(ctypes.Structure):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from engine.kv_cache.batch import StepBatch
+from engine.kv_cache.scaled_rows import LARGEST, unscaled_rows
 
 _MAX_SCORES = 1 << 24
 """Scores held at once where they are computed one by one."""
@@ -85,7 +86,8 @@ def attend_prompt(
 ) -> torch.Tensor:
     """One sequence's chunk; o_THA."""
     kv_JGSA = kv_PJGCA[prompt.blocks_S].permute(1, 2, 0, 3, 4).flatten(2, 3)
-    k_GSA, v_GSA = _key_and_value(kv_JGSA[:, :, : prompt.context_len], scoring)
+    kv_JGSA = _readable(kv_JGSA[:, :, : prompt.context_len], q_THA, scoring)
+    k_GSA, v_GSA = _key_and_value(kv_JGSA, scoring)
     if scoring.is_plain:
         o_1HTA = F.scaled_dot_product_attention(
             q_THA.transpose(0, 1).unsqueeze(0),
@@ -115,7 +117,7 @@ def attend_decode(
     assert plan.decode_table_BW is not None
     assert plan.decode_len_B is not None
     kv_BWJGCA = kv_PJGCA[plan.decode_table_BW]
-    kv_JBGSA = kv_BWJGCA.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
+    kv_JBGSA = _readable(kv_BWJGCA.permute(2, 0, 3, 1, 4, 5).flatten(3, 4), q_BHA, scoring)
     position_S = torch.arange(kv_JBGSA.shape[3], device=q_BHA.device)
     len_B1 = plan.decode_len_B.unsqueeze(1)
     seen_BS = position_S < len_B1
@@ -165,7 +167,8 @@ def attend_part(
     device, block_size = q_THA.device, kv_PJGCA.shape[3]
     position_S = torch.cat([torch.arange(span.start, span.stop, device=device) for span in spans])
     kv_SJGA = kv_PJGCA[blocks_W[position_S // block_size], :, :, position_S % block_size]
-    k_GSA, v_GSA = _key_and_value(kv_SJGA.permute(1, 2, 0, 3).float(), scoring)
+    kv_JGSA = _readable(kv_SJGA.permute(1, 2, 0, 3), q_THA, scoring).float()
+    k_GSA, v_GSA = _key_and_value(kv_JGSA, scoring)
     query_T = torch.arange(queries.start, queries.stop, device=device)
     num_rows = max(1, _MAX_SCORES // (q_THA.shape[1] * len(position_S)))
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -214,6 +217,16 @@ def _scores(q_GRTA: torch.Tensor, k_GSA: torch.Tensor, scoring: Scoring) -> torc
     if scoring.score_cap is None:
         return score_GRTS
     return scoring.score_cap * torch.tanh(score_GRTS / scoring.score_cap)
+
+
+def _readable(row_A: torch.Tensor, q_HA: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """Gathered rows of the pool in the queries' dtype."""
+    if row_A.dtype not in LARGEST:
+        return row_A
+    head_dim = q_HA.shape[-1]
+    value_dim = scoring.value_dim
+    spans = (head_dim,) if value_dim is None else (value_dim, head_dim - value_dim)
+    return unscaled_rows(row_A, spans, q_HA.dtype)
 
 
 def _key_and_value(kv_J: torch.Tensor, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor]:

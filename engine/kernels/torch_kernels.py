@@ -27,6 +27,7 @@ from engine.kernels.torch_attention import (
     attend_prompt,
 )
 from engine.kv_cache.batch import KeySpans, StepBatch
+from engine.kv_cache.scaled_rows import is_scaled, scaled_rows
 
 
 class TorchKernels:
@@ -115,8 +116,9 @@ class TorchKernels:
             q_THA = self.rms_norm(q_THA, q_norm_A, norm_eps)
         if k_norm_A is not None:
             k_TGA = self.rms_norm(k_TGA, k_norm_A, norm_eps)
-        _store(kv_PJGCA, 0, self._rotate_first(k_TGA, cos_TA, sin_TA), batch)
-        _store(kv_PJGCA, 1, v_TGA, batch)
+        spans = (heads.head_dim,)
+        _store(kv_PJGCA, 0, self._rotate_first(k_TGA, cos_TA, sin_TA), batch, spans)
+        _store(kv_PJGCA, 1, v_TGA, batch, spans)
         return self._rotate_first(q_THA, cos_TA, sin_TA)
 
     def rotate(
@@ -139,9 +141,15 @@ class TorchKernels:
         return torch.cat((turned_THA, x_THA[..., num_rotated:]), dim=-1)
 
     def store_latent(
-        self, latent_TA: torch.Tensor, kv_PJGCA: torch.Tensor, batch: StepBatch
+        self,
+        latent_TA: torch.Tensor,
+        kv_PJGCA: torch.Tensor,
+        batch: StepBatch,
+        *,
+        value_dim: int,
     ) -> None:
-        _store(kv_PJGCA, 0, latent_TA.unsqueeze(1), batch)
+        spans = (value_dim, latent_TA.shape[1] - value_dim)
+        _store(kv_PJGCA, 0, latent_TA.unsqueeze(1), batch, spans)
 
     def attention(
         self,
@@ -207,6 +215,14 @@ class TorchKernels:
         return self._plan
 
 
-def _store(kv_PJGCA: torch.Tensor, part: int, x_TGA: torch.Tensor, batch: StepBatch) -> None:
+def _store(
+    kv_PJGCA: torch.Tensor,
+    part: int,
+    x_TGA: torch.Tensor,
+    batch: StepBatch,
+    spans: Sequence[int],
+) -> None:
     block_size = kv_PJGCA.shape[3]
+    if is_scaled(kv_PJGCA):
+        x_TGA = scaled_rows(x_TGA, spans, kv_PJGCA.dtype).view(kv_PJGCA.dtype)
     kv_PJGCA[batch.slot_T // block_size, part, :, batch.slot_T % block_size] = x_TGA

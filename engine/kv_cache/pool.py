@@ -1,7 +1,7 @@
 """The paged KV pool: one tensor of blocks, on CPU in memory that other processes can map.
 
 Shape suffixes: P blocks, L layers, J parts (key, value), G KV heads, C slots in a block,
-A head dim.
+A elements of a row: the head dim, and scales where the layout has them.
 """
 
 import os
@@ -20,6 +20,8 @@ TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
 }
 
 

@@ -132,7 +132,8 @@ class LatentAttention(nn.Module):
         form, kernels = self._form, self._kernels
         latent_TK, rope_TA = self.latent(x_TD).split((form.kv_rank, form.rope_dim), 1)
         rope_TA = kernels.rotate(self._halves(rope_TA.unsqueeze(1)), cos_TA, sin_TA).squeeze(1)
-        kernels.store_latent(torch.cat((self.latent_norm(latent_TK), rope_TA), 1), kv_PJGCA, batch)
+        latent_TA = torch.cat((self.latent_norm(latent_TK), rope_TA), 1)
+        kernels.store_latent(latent_TA, kv_PJGCA, batch, value_dim=form.kv_rank)
         gather_kv(kv_PJGCA, batch, self._sequence)
         q_THA = self._queries(x_TD, cos_TA, sin_TA)
         o_THK = kernels.attention(

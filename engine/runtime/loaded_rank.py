@@ -13,6 +13,7 @@ from engine.checkpoint.digest import model_digest
 from engine.checkpoint.read import read_config
 from engine.config import EngineConfig
 from engine.kernels import choose_kernels
+from engine.kv_cache.full_layout import full_kv_layout
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.pool import KvPool
 from engine.kv_cache.pool_plan import plan_kv_pool
@@ -78,7 +79,8 @@ class LoadedRank:
         return Facts(
             layout=str(group.layout),
             model_digest=model_digest(model_path),
-            dtype=self.layout.dtype,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            kv_dtype=self.layout.dtype,
             block_size_tokens=config.block_size_tokens,
             max_context_tokens=self.max_context_tokens,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -118,13 +120,10 @@ def load_rank(
         placements=_placements(model_path, config, axes),
     )
     max_context_tokens = _max_context_tokens(model.config, config)
-    layout = KvLayout(
+    layout = replace(
+        full_kv_layout(model.config, config),
         num_layers=len(model.stage_layers),
         num_kv_heads=len(model.kv_heads),
-        head_dim=model.config.head_dim,
-        num_parts=model.config.num_kv_parts,
-        block_size_tokens=config.block_size_tokens,
-        dtype=dtype_name,
     )
     plan = plan_kv_pool(
         config,
@@ -134,7 +133,8 @@ def load_rank(
         max_context_tokens=max_context_tokens,
     )
     logger.info(
-        "kv_pool blocks=%d bytes=%d tokens=%d",
+        "kv_pool dtype=%s blocks=%d bytes=%d tokens=%d",
+        layout.dtype,
         plan.num_blocks,
         plan.num_bytes,
         plan.num_blocks * layout.block_size_tokens,

@@ -34,6 +34,7 @@ class Facts(msgspec.Struct, frozen=True, tag=True, array_like=True, kw_only=True
     layout: str
     model_digest: str
     dtype: str
+    kv_dtype: str
     block_size_tokens: int
     max_context_tokens: int
     max_num_batched_tokens: int

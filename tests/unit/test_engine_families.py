@@ -9,7 +9,17 @@ from tests.unit.test_engine import hand_over, make_prompts, make_request, run
 from tests.unit.test_model_parity import CASES
 
 PROMPTS = make_prompts([1, 16, 33, 100, 150], seed=3)
-FAMILIES = ("gemma3", "phi3-longrope-part-rotated", "olmo2", "mixtral", "deepseek-v3", "gpt-oss")
+FAMILIES = {
+    "gemma3": "auto",
+    "phi3-longrope-part-rotated": "auto",
+    "olmo2": "auto",
+    "mixtral": "auto",
+    "deepseek-v3": "auto",
+    "gpt-oss": "auto",
+    "llama": "int8",
+    "deepseek-v2": "fp8",
+}
+"""With what their pools hold."""
 
 
 @pytest.fixture(params=FAMILIES)
@@ -27,6 +37,7 @@ def make_engine(request, tmp_path):
             max_num_sequences=8,
             max_context_tokens=400,
             num_threads=1,
+            kv_dtype=FAMILIES[request.param],
             **changes,
         )
         engines.append(build_engine(checkpoint, config))

@@ -10,8 +10,11 @@ from tests.checkpoints import tiny_checkpoint
 from tests.unit.test_model_parity import CASES
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "deepseek-v3", "gpt-oss"])
-def test_layout_is_the_engines(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "kv_dtype"),
+    [("llama", "auto"), ("gemma3", "int8"), ("deepseek-v3", "fp8"), ("gpt-oss", "auto")],
+)
+def test_layout_is_the_engines(tmp_path, family, kv_dtype):
     case = CASES[family]
     checkpoint = tiny_checkpoint(tmp_path, case.family, **case.overrides)
     config = EngineConfig(
@@ -20,9 +23,11 @@ def test_layout_is_the_engines(tmp_path, family):
         max_context_tokens=100,
         block_size_tokens=8,
         num_threads=1,
+        kv_dtype=kv_dtype,
     )
     engine = build_engine(checkpoint, config)
     try:
         assert full_kv_layout(read_config(checkpoint), config) == engine.full_kv_layout
+        assert engine.full_kv_layout.dtype == ("float32" if kv_dtype == "auto" else kv_dtype)
     finally:
         engine.close()

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,21 @@ def test_a_small_host_gives_two_contexts_or_half_of_what_is_free():
 def test_plan_names_what_to_change_when_one_sequence_does_not_fit():
     with pytest.raises(KvPoolTooSmallError, match="lower max_context_tokens"):
         plan(EngineConfig(kv_pool_bytes=LAYOUT.block_bytes * 7), 1 << 30)
+
+
+def test_scaled_rows_give_nearly_twice_the_tokens_of_bfloat16_and_four_times_those_of_float32():
+    def num_tokens(dtype: str) -> int:
+        layout = replace(LAYOUT, head_dim=64, dtype=dtype)
+        config = EngineConfig(kv_pool_bytes=1 << 24, max_num_sequences=10_000,
+                              max_num_batched_tokens=20_000)  # fmt: skip
+        planned = plan_kv_pool(
+            config, layout, device_type="cpu", free_bytes=1 << 30, max_context_tokens=64
+        )
+        return planned.num_blocks * layout.block_size_tokens
+
+    for scaled in ("int8", "fp8"):
+        assert num_tokens(scaled) / num_tokens("bfloat16") == pytest.approx(128 / 68, rel=1e-2)
+        assert num_tokens(scaled) / num_tokens("float32") == pytest.approx(256 / 68, rel=1e-2)
 
 
 def test_plan_refuses_more_than_is_free():

@@ -4,15 +4,19 @@ Shape suffixes: T tokens, D input features, F output features, H query heads, A 
 in the pool, J key then value, G KV heads, C slots in a block.
 """
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
+from engine.kernels.interface import HeadShape
 from engine.kernels.native_kernels import NativeKernels
 from engine.kernels.native_library import NativeLibrary
 from engine.kernels.torch_kernels import TorchKernels
-from engine.kv_cache.batch import StepBatch
+from engine.kv_cache.batch import KeySpans, StepBatch
+from engine.kv_cache.scaled_rows import LARGEST, scaled_rows, unscaled_rows
 
 try:
     LIBRARY = NativeLibrary()
@@ -175,3 +179,68 @@ def test_attention_of_a_sequence_has_the_same_bits_in_any_batch(dtype: torch.dty
             )
             assert torch.equal(alone_THA, o_THA[start:end])
         start, first = end, first + width
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("scaled", LARGEST, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 20])
+def test_rows_with_scales_are_attended_as_what_they_stand_for(
+    scaled: torch.dtype, dtype: torch.dtype, head_dim: int
+) -> None:
+    lens, contexts = (1, 40, 130), (700, 300, 130)
+    num_blocks = sum(-(-length // BLOCK_SIZE_TOKENS) for length in contexts)
+    q_THA = random(sum(lens), 6, head_dim, dtype=dtype)
+    kv_PJGCA = random(num_blocks, 2, 3, BLOCK_SIZE_TOKENS, head_dim, dtype=torch.float32)
+    rows_PJGCA = scaled_rows(kv_PJGCA, (head_dim,), scaled).view(scaled)
+    batch = batch_of(lens, contexts, 2)
+    kernels = kernels_with(dtype, 2)
+    o_THA, expected_THA = (
+        kernels.attention(q_THA, kv, batch, scale=0.125, window=200)
+        for kv in (rows_PJGCA, unscaled_rows(rows_PJGCA, (head_dim,), dtype))
+    )
+    assert torch.equal(o_THA, expected_THA)
+
+    keys = KeySpans.of([[range(30, 300), range(520, 530)], [range(1)], [range(100, 130)]])
+    part, expected = (
+        kernels.attention_part(q_THA, kv, batch, keys, scale=0.125, window=None)
+        for kv in (rows_PJGCA, unscaled_rows(rows_PJGCA, (head_dim,), dtype))
+    )
+    assert torch.equal(part.o_THA, expected.o_THA)
+    assert torch.equal(part.log_sum_TH, expected.log_sum_TH)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("scaled", LARGEST, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_rows_are_scaled_to_the_bytes_of_the_reference(
+    scaled: torch.dtype, dtype: torch.dtype, head_dim: int
+) -> None:
+    """Of any size, and of none; ties, zeros, and what is not finite."""
+    heads = HeadShape(1, 2, head_dim)
+    num_tokens, num_out = 400, 5 * head_dim
+    size_T1 = torch.logspace(-44, 37, num_tokens).unsqueeze(1)
+    qkv_TF = (random(num_tokens, num_out, dtype=torch.float32) * size_T1).to(dtype)
+    values_TGA = qkv_TF.view(num_tokens, 5, head_dim)[:, 3:]
+    largest = LARGEST[scaled]
+    values_TGA[0] = torch.linspace(-largest, largest, head_dim).round() / 2
+    values_TGA[1] = torch.arange(head_dim) * 0.5
+    values_TGA[1, :, 0] = largest
+    values_TGA[2] = 0
+    for token, bad in enumerate((math.inf, -math.inf, math.nan), 3):
+        values_TGA[token, 1, head_dim - 1] = bad
+    batch = replace(batch_of((1,), (1,), 1), slot_T=torch.randperm(num_tokens))
+    kv_PJGCA = torch.zeros(25, 2, 2, BLOCK_SIZE_TOKENS, head_dim + 4, dtype=scaled)
+    angle_TA = torch.zeros(num_tokens, head_dim // 2)
+    kernels = kernels_with(dtype, 2)
+    kernels.rope_and_store(qkv_TF, heads, angle_TA.cos(), angle_TA.sin(), kv_PJGCA, batch)
+    stored_TJGX = kv_PJGCA.permute(0, 3, 1, 2, 4).flatten(0, 1)[batch.slot_T]
+    rows_TGX = scaled_rows(qkv_TF.view(num_tokens, 5, head_dim)[:, 1:], (head_dim,), scaled)
+    keys_TGX, values_TGX = rows_TGX.split(2, 1)
+    assert torch.equal(stored_TJGX[:, 1].view(torch.uint8), values_TGX)
+    keys_TGA, expected_TGA = (  # a rotation by nothing may turn -0 into 0
+        unscaled_rows(rows_X.view(scaled), (head_dim,), torch.float32)
+        for rows_X in (stored_TJGX[:, 0], keys_TGX)
+    )
+    torch.testing.assert_close(keys_TGA, expected_TGA, rtol=0, atol=0)

@@ -14,6 +14,7 @@ from engine.kernels.interface import AttentionParts, HeadShape, MlpParts
 from engine.kernels.native_kernels import NativeKernels
 from engine.kernels.native_library import NativeLibrary
 from engine.kv_cache.batch import StepBatch
+from engine.kv_cache.scaled_rows import scaled_rows
 
 try:
     LIBRARY = NativeLibrary()
@@ -84,10 +85,18 @@ def batch_of(query_lens: tuple[int, ...], context_lens: tuple[int, ...]) -> Step
 
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("dim", [96, 40])
+@pytest.mark.parametrize(
+    ("dim", "scaled"),
+    [(96, None), (40, None), (96, torch.int8), (40, torch.float8_e4m3fn)],
+    ids=str,
+)
 @pytest.mark.parametrize("has_all", [False, True])
 def test_the_attention_half_has_the_bits_of_its_operations(
-    case: Case, batch: tuple[tuple[int, ...], tuple[int, ...]], dim: int, has_all: bool
+    case: Case,
+    batch: tuple[tuple[int, ...], tuple[int, ...]],
+    dim: int,
+    scaled: torch.dtype | None,
+    has_all: bool,
 ) -> None:
     """With and without biases, norms of heads, a window, and something to add first."""
     step = batch_of(*batch)
@@ -117,6 +126,8 @@ def test_the_attention_half_has_the_bits_of_its_operations(
     angle_TA = torch.randn(num_rows, HEADS.head_dim // 2, generator=case.generator)
     num_blocks = int(step.block_table_BW.max()) + 1
     kv_PJGCA = case.random(num_blocks, 2, HEADS.num_kv_heads, BLOCK_SIZE_TOKENS, HEADS.head_dim)
+    if scaled is not None:
+        kv_PJGCA = scaled_rows(kv_PJGCA, (HEADS.head_dim,), scaled).view(scaled)
     fused_residual_TD, fused_kv_PJGCA = residual_TD.clone(), kv_PJGCA.clone()
 
     if added_TD is None:
@@ -142,7 +153,7 @@ def test_the_attention_half_has_the_bits_of_its_operations(
     y_TD = fused(added_TD, fused_residual_TD, angle_TA.cos(), angle_TA.sin(), fused_kv_PJGCA)
     assert torch.equal(y_TD, expected_TD)
     assert torch.equal(fused_residual_TD, residual_TD)
-    assert torch.equal(fused_kv_PJGCA, kv_PJGCA)
+    assert torch.equal(fused_kv_PJGCA.view(torch.uint8), kv_PJGCA.view(torch.uint8))
 
 
 @pytest.mark.usefixtures("level")

@@ -32,6 +32,7 @@ FACTS = Facts(
     layout="tp=2",
     model_digest="ab" * 16,
     dtype="float32",
+    kv_dtype="int8",
     block_size_tokens=16,
     max_context_tokens=256,
     max_num_batched_tokens=64,

@@ -14,7 +14,7 @@
 #ifndef ATTENTION_H
 #define ATTENTION_H
 
-#include "vector.h"
+#include "scaled_row.h"
 
 #include <assert.h>
 #include <math.h>
@@ -36,6 +36,7 @@ typedef struct {
     float *sum;          /* [rows][padded_dim], the merged output so far */
     float *max, *weight; /* [rows], of the merged output */
     float *chunk_max, *chunk_weight; /* [32] */
+    char *unscaled; /* [2][KEY_CHUNK][head_dim], of the job's dtype: rows of a pool with scales */
     const char *key_rows[KEY_CHUNK], *value_rows[KEY_CHUNK]; /* of the chunk */
     key_span span; /* positions that are attended to now */
 } unit_memory;
@@ -50,11 +51,11 @@ INLINE void locate_rows(const attention_job *job, const attention_unit *unit, un
                         int64_t first, int64_t count, int64_t width) {
     const int32_t *table = job->block_table + unit->sequence * job->table_stride;
     int64_t block = first / job->kv.block_size, offset = first % job->kv.block_size;
-    int64_t row_bytes = job->kv.head_dim * width, side_bytes = job->kv.side_stride * width;
+    int64_t row_bytes = job->kv.slot_stride * width, side_bytes = job->kv.side_stride * width;
     for (int64_t key = 0; key < count; ++block, offset = 0) {
         const char *row = (const char *)job->kv_memory +
                           (table[block] * job->kv.block_stride + unit->kv_head * job->kv.head_stride +
-                           offset * job->kv.head_dim) * width;
+                           offset * job->kv.slot_stride) * width;
         int64_t end = min_i64(count, key + job->kv.block_size - offset);
         for (; key < end; ++key, row += row_bytes) {
             memory->key_rows[key] = row;
@@ -65,6 +66,18 @@ INLINE void locate_rows(const attention_job *job, const attention_unit *unit, un
         memory->key_rows[key] = memory->value_rows[key] = zero_row;
     for (int64_t key = min_i64(memory->span.first - first, count) - 1; key >= 0; --key)
         memory->key_rows[key] = memory->value_rows[key] = zero_row;
+}
+
+/* Reads rows with scales back, so that packing finds rows of the job's dtype. */
+INLINE void unscale_rows(int dtype, const attention_job *job, unit_memory *memory, int64_t count) {
+    int64_t dim = job->kv.head_dim, row_bytes = dim * (dtype == DTYPE_F32 ? 4 : 2);
+    char *keys = memory->unscaled, *values = keys + KEY_CHUNK * row_bytes;
+    for (int64_t key = 0; key < count; ++key, keys += row_bytes, values += row_bytes) {
+        unscale_row(dtype, job->kv.scaling, memory->key_rows[key], dim, keys);
+        unscale_row(dtype, job->kv.scaling, memory->value_rows[key], dim, values);
+        memory->key_rows[key] = keys;
+        memory->value_rows[key] = values;
+    }
 }
 
 INLINE void pack_query(int dtype, const attention_job *job, const attention_unit *unit,
@@ -209,7 +222,12 @@ INLINE void attend_unit(int dtype, const attention_job *job, const attention_uni
         for (; chunk < unit->end_chunk && chunk * KEY_CHUNK < span_end; ++chunk) {
             int64_t key = chunk * KEY_CHUNK;
             int64_t count = min_i64(span_end - key, KEY_CHUNK);
-            locate_rows(job, unit, memory, key, count, dtype == DTYPE_F32 ? 4 : 2);
+            if (job->kv.scaling) {
+                locate_rows(job, unit, memory, key, count, 1);
+                unscale_rows(dtype, job, memory, count);
+            } else {
+                locate_rows(job, unit, memory, key, count, dtype == DTYPE_F32 ? 4 : 2);
+            }
             pack_keys(dtype, job, memory, (count + 31) / 32 * 32);
             pack_values(dtype, job, memory, (count + 31) / 32 * 32);
             for (int64_t row = 0; row < memory->rows; row += BLOCK_ROWS)
@@ -241,6 +259,7 @@ INLINE void attend_units(int dtype, const attention_job *job, int64_t begin, int
         (size_t)max_rows * 4,
         BLOCK_ROWS * 4,
         BLOCK_ROWS * 4,
+        job->kv.scaling ? (size_t)(2 * KEY_CHUNK * dim) * 4 : 0,
     };
     enum { NUM_PARTS = sizeof bytes / sizeof bytes[0] };
     size_t offset[NUM_PARTS], total = 0;
@@ -262,6 +281,7 @@ INLINE void attend_units(int dtype, const attention_job *job, int64_t begin, int
         .weight = (float *)(base + offset[8]),
         .chunk_max = (float *)(base + offset[9]),
         .chunk_weight = (float *)(base + offset[10]),
+        .unscaled = base + offset[11],
     };
     for (int64_t i = begin; i < end; ++i) {
         const attention_unit *unit = &job->units[i];

@@ -47,11 +47,16 @@ typedef struct {
     int64_t dim;
 } silu_job;
 
-/* How a layer's keys and values lie in the pool: kv[block][side][head][slot][dim], the last two
- * without gaps. Python has the same structure. */
+/* How the rows of a pool hold their values: as the step's dtype, or a byte each, with a float32
+ * scale behind them. */
+enum scaling { SCALING_NONE = 0, SCALING_INT8 = 1, SCALING_FP8 = 2 };
+
+/* How a layer's keys and values lie in the pool: kv[block][side][head][slot][dim]. Strides are in
+ * elements: bytes where rows are scaled. Python has the same structure. */
 typedef struct {
     int64_t num_heads, block_size, head_dim;
-    int64_t block_stride, side_stride, head_stride; /* elements */
+    int64_t block_stride, side_stride, head_stride, slot_stride;
+    int64_t scaling;
 } kv_shape;
 
 typedef struct {

@@ -1,6 +1,6 @@
 /* Norms, activation, rotation: memory-bound work on rows. Compiled once per instruction set; the
  * `dtype` arguments are constants in each instance, so the branches on them vanish. */
-#include "vector.h"
+#include "scaled_row.h"
 
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
@@ -77,7 +77,8 @@ INLINE void rope_rows(int dtype, const rope_job *job, int64_t begin, int64_t end
     int64_t num_heads = job->num_heads, num_kv_heads = job->kv.num_heads, dim = job->kv.head_dim;
     int64_t half = dim / 2;
     size_t width = dtype == DTYPE_F32 ? 4 : 2;
-    char *normed = isthmus_scratch(SCRATCH_KERNEL, (size_t)dim * 4);
+    char *normed = isthmus_scratch(SCRATCH_KERNEL, (size_t)dim * 8), *rotated = normed + dim * 4;
+    char *pool = job->kv_memory;
     for (int64_t row = begin; row < end; ++row) {
         const float *cos = job->cos + row * half, *sin = job->sin + row * half;
         int64_t block = job->slot[row] / job->kv.block_size;
@@ -92,21 +93,27 @@ INLINE void rope_rows(int dtype, const rope_job *job, int64_t begin, int64_t end
                 from = normed;
                 from_at = 0;
             }
-            void *to = is_query ? job->q_out : job->kv_memory;
-            int64_t to_at = is_query ? (row * num_heads + head) * dim
-                                     : block * job->kv.block_stride +
-                                           (head - num_heads) * job->kv.head_stride + offset * dim;
+            int64_t pool_at = block * job->kv.block_stride +
+                              (head - num_heads) * job->kv.head_stride +
+                              offset * job->kv.slot_stride;
+            int is_scaled = !is_query && job->kv.scaling;
+            void *to = is_query ? job->q_out : is_scaled ? rotated : pool;
+            int64_t to_at = is_query ? (row * num_heads + head) * dim : is_scaled ? 0 : pool_at;
             if (half % LANES == 0)
                 rotate_head(dtype, 1, from, from_at, cos, sin, half, to, to_at);
             else
                 rotate_head(dtype, 0, from, from_at, cos, sin, half, to, to_at);
+            if (is_scaled) scale_row(dtype, job->kv.scaling, rotated, 0, dim, pool + pool_at);
         }
         for (int64_t head = 0; head < num_kv_heads; ++head) {
             int64_t from_at = row * job->qkv_stride + (num_heads + num_kv_heads + head) * dim;
             int64_t to_at = block * job->kv.block_stride + job->kv.side_stride +
-                            head * job->kv.head_stride + offset * dim;
-            memcpy((char *)job->kv_memory + to_at * (int64_t)width,
-                   (const char *)job->qkv + from_at * (int64_t)width, (size_t)dim * width);
+                            head * job->kv.head_stride + offset * job->kv.slot_stride;
+            if (job->kv.scaling)
+                scale_row(dtype, job->kv.scaling, job->qkv, from_at, dim, pool + to_at);
+            else
+                memcpy(pool + to_at * (int64_t)width,
+                       (const char *)job->qkv + from_at * (int64_t)width, (size_t)dim * width);
         }
     }
 }
