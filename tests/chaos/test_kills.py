@@ -1,6 +1,5 @@
 """Any one process dies; the client sees one whole answer, and nothing stays behind."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,27 +25,14 @@ def mesh(tmp_path: Path) -> Iterator[MeshProcess]:
         yield running
 
 
-def stream(mesh: MeshProcess) -> Iterator[str]:
-    """Text of each chunk of a streamed completion."""
-    with httpx.stream(
-        "POST", f"{mesh.http}/v1/completions", json={**BODY, "stream": True}, timeout=120
-    ) as response:
-        assert response.status_code == 200
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                event = json.loads(line.removeprefix("data: "))
-                assert "error" not in event, event
-                yield from (choice["text"] for choice in event["choices"])
-
-
 def undisturbed_answer(mesh: MeshProcess) -> str:
-    return "".join(stream(mesh))
+    return "".join(mesh.stream(BODY))
 
 
 def test_decode_worker_killed_mid_stream_loses_no_token(mesh: MeshProcess) -> None:
     expected = undisturbed_answer(mesh)
     chunks = []
-    for number, chunk in enumerate(stream(mesh)):
+    for number, chunk in enumerate(mesh.stream(BODY)):
         chunks.append(chunk)
         if number == 20:
             busy = _busy_decode_worker(mesh)

@@ -1,11 +1,10 @@
 """A rank of a worker dies or stops while requests run: no token is lost, the worker comes back."""
 
-import json
 import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,20 +42,8 @@ def model_of_four_layers(folder: Path) -> Path:
     )
 
 
-def stream(mesh: MeshProcess) -> Iterator[str]:
-    """Text of each chunk of a streamed completion."""
-    body = {**BODY, "stream": True}
-    with httpx.stream("POST", f"{mesh.http}/v1/completions", json=body, timeout=120) as response:
-        assert response.status_code == 200
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                event = json.loads(line.removeprefix("data: "))
-                assert "error" not in event, event
-                yield from (choice["text"] for choice in event["choices"])
-
-
 def answer(mesh: MeshProcess) -> str:
-    return "".join(stream(mesh))
+    return "".join(mesh.stream(BODY))
 
 
 def value_of(entry: dict[str, Any], name: str) -> float:
@@ -148,7 +135,7 @@ def test_a_lost_rank_of_a_decode_worker_costs_no_token(tmp_path: Path) -> None:
             chunks: list[str] = []
             victim: dict[str, Any] = {}
             health = {entry["name"]: HealthWatch(entry, pool) for entry in mesh.processes("decode")}
-            for chunk in stream(mesh):
+            for chunk in mesh.stream(BODY):
                 chunks.append(chunk)
                 if len(chunks) == 5:
                     (victim,) = filter(has_work, mesh.processes("decode"))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 READY_LINE = "isthmus is ready"
@@ -47,6 +48,17 @@ class MeshProcess:
         pid: int = self.processes(role)[index]["pid"]
         os.kill(pid, how)
         return pid
+
+    def stream(self, body: dict[str, Any]) -> Iterator[str]:
+        """Text of each chunk of a streamed completion."""
+        url, body = f"{self.http}/v1/completions", {**body, "stream": True}
+        with httpx.stream("POST", url, json=body, timeout=120) as response:
+            assert response.status_code == 200
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    assert "error" not in event, event
+                    yield from (choice["text"] for choice in event["choices"])
 
     def metric(self, role: str, name: str, /, **labels: str) -> float:
         """The sum of a metric's samples over the processes of a role."""

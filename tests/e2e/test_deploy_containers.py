@@ -170,7 +170,7 @@ async def until_healthy(http: str) -> None:
         while True:
             if await asyncio.to_thread(is_healthy):
                 return
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("source", ["compose", "chart", "chart-groups"])

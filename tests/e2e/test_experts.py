@@ -59,7 +59,7 @@ def check_expert_metrics(mesh: MeshProcess) -> None:
         end_s = time.monotonic() + 30
         while mesh.metric("prefill", "isthmus_expert_tokens_total", layer=layer) != expected:
             assert time.monotonic() < end_s, "counts did not come"
-            time.sleep(0.1)
+            time.sleep(0.05)
         counts = [
             mesh.metric("prefill", "isthmus_expert_tokens_total", layer=layer, expert=str(expert))
             for expert in range(NUM_EXPERTS)
