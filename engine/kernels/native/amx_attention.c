@@ -164,7 +164,11 @@ INLINE void weigh_row(const unit_memory *memory, int64_t row, seen_span span, fl
     memory->chunk_weight[row] = _mm512_reduce_add_ps(_mm512_add_ps(total, other_total));
 }
 
-/* c[rows][0..32) = a[rows][0..32 * steps) @ panel. `configure(rows)` went before. The sums run in
+INLINE void configure_unit(unit_memory *memory, int64_t rows) {
+    if (memory->configured != rows) configure(memory->configured = rows);
+}
+
+/* c[rows][0..32) = a[rows][0..32 * steps) @ panel. `configure_unit` went before. The sums run in
  * the order of the inner dimension whatever `rows` is. */
 INLINE void multiply_block(int64_t rows, const operand *a, int64_t a_stride, const operand *panel,
                            int64_t steps, float *c, int64_t c_stride) {
@@ -179,7 +183,7 @@ INLINE void multiply_block(int64_t rows, const operand *a, int64_t a_stride, con
 INLINE void multiply_scores(unit_memory *memory, int64_t row, int64_t rows, int64_t first,
                             int64_t end) {
     int64_t dim = memory->padded_dim;
-    configure(rows);
+    configure_unit(memory, rows);
     for (int64_t key = first; key < end; key += PANEL)
         multiply_block(rows, memory->q + row * dim, dim, memory->keys + key * dim,
                        dim / INNER_STEP, memory->scores + key, SCORE_STRIDE);

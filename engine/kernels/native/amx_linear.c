@@ -52,17 +52,18 @@ INLINE void finish_row(const int task, ready_rows *ready) {
         _mm512_mask_storeu_epi16(ready->out, ready->wanted,
                                  (__m512i)_mm512_cvtne2ps_pbh(high, low));
     } else { /* all 32 exist: isthmus_has_gated */
-        vf a = round_any(DTYPE_BF16, (vf)low), b = round_any(DTYPE_BF16, (vf)high);
+        vf_pair v = pair_from_bf16((__m512i)_mm512_cvtne2ps_pbh(high, low));
         void *to = ready->out;
         if (task == STORE_GATE) {
-            a = silu_any(DTYPE_BF16, a);
-            b = silu_any(DTYPE_BF16, b);
+            v.even = silu_any(DTYPE_BF16, v.even);
+            v.odd = silu_any(DTYPE_BF16, v.odd);
             to = ready->gates;
         } else {
-            a *= load_any(DTYPE_BF16, ready->gates, 0, LANES);
-            b *= load_any(DTYPE_BF16, ready->gates, LANES, LANES);
+            vf_pair gates = load_pair(ready->gates);
+            v.even *= gates.even;
+            v.odd *= gates.odd;
         }
-        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+        _mm512_storeu_si512(to, bf16_from_pair(v));
     }
     ready->c += PANEL;
     ready->out += ready->out_stride_bytes;

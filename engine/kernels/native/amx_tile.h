@@ -61,9 +61,10 @@ INLINE void store_block(float *c, int64_t stride_bytes, int has_lower) {
  * not `kept` for the next block passes the first-level cache by. */
 INLINE void multiply_upper(const enum kept kept, const char *a, int64_t a_stride_bytes,
                            const char *panel) {
-    LOAD_TILE(kept == KEEP_ROWS, 4, a, a_stride_bytes);
+    if (kept == KEEP_PANEL) _tile_stream_loadd(4, a, a_stride_bytes);
     LOAD_TILE(kept == KEEP_PANEL, 6, panel, 64);
     LOAD_TILE(kept == KEEP_PANEL, 7, panel + TILE_BYTES, 64);
+    if (kept == KEEP_ROWS) _tile_loadd(4, a, a_stride_bytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
 }

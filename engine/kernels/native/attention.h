@@ -22,16 +22,18 @@
 enum {
     BLOCK_ROWS = MAX_SPLIT_ROWS,
     SCORE_STRIDE = KEY_CHUNK + LANES, /* off a power of two: rows fall into different cache sets */
-    WEIGHT_STRIDE = KEY_CHUNK + 32,
+    /* A row's weights take the place of its scores, which leaves the cache to keys and values. */
+    WEIGHT_STRIDE = SCORE_STRIDE * (int)(sizeof(float) / sizeof(operand)),
 };
 
 typedef struct {
     int64_t rows, padded_dim;
+    int64_t configured; /* rows that the multiplications are set up for; 0 before a unit */
     operand *q;          /* [rows, to a multiple of 32][padded_dim] */
     operand *keys;       /* packed chunk */
     operand *values;     /* packed chunk */
     float *scores;       /* [32][SCORE_STRIDE] */
-    operand *weights;    /* [32][WEIGHT_STRIDE] */
+    operand *weights;    /* [32][WEIGHT_STRIDE], the same memory */
     float *product;      /* [32][padded_dim] */
     float *sum;          /* [rows][padded_dim], the merged output so far */
     float *max, *weight; /* [rows], of the merged output */
@@ -207,6 +209,7 @@ INLINE void attend_unit(int dtype, const attention_job *job, const attention_uni
     int64_t num_queries = job->query_start[sequence + 1] - job->query_start[sequence];
     int64_t first_position = job->context_len[sequence] - num_queries + unit->first_query;
     int64_t end_position = first_position + unit->num_queries;
+    memory->configured = 0;
     pack_query(dtype, job, unit, memory);
     for (int64_t row = 0; row < memory->rows; ++row) {
         memory->max[row] = -INFINITY;
@@ -252,7 +255,6 @@ INLINE void attend_units(int dtype, const attention_job *job, int64_t begin, int
         (size_t)(KEY_CHUNK * dim) * sizeof(operand),
         (size_t)(KEY_CHUNK * dim) * sizeof(operand),
         BLOCK_ROWS * SCORE_STRIDE * 4,
-        BLOCK_ROWS * WEIGHT_STRIDE * sizeof(operand),
         (size_t)(BLOCK_ROWS * dim) * 4,
         (size_t)(max_rows * dim) * 4,
         (size_t)max_rows * 4,
@@ -274,14 +276,14 @@ INLINE void attend_units(int dtype, const attention_job *job, int64_t begin, int
         .keys = (operand *)(base + offset[1]),
         .values = (operand *)(base + offset[2]),
         .scores = (float *)(base + offset[3]),
-        .weights = (operand *)(base + offset[4]),
-        .product = (float *)(base + offset[5]),
-        .sum = (float *)(base + offset[6]),
-        .max = (float *)(base + offset[7]),
-        .weight = (float *)(base + offset[8]),
-        .chunk_max = (float *)(base + offset[9]),
-        .chunk_weight = (float *)(base + offset[10]),
-        .unscaled = base + offset[11],
+        .weights = (operand *)(base + offset[3]),
+        .product = (float *)(base + offset[4]),
+        .sum = (float *)(base + offset[5]),
+        .max = (float *)(base + offset[6]),
+        .weight = (float *)(base + offset[7]),
+        .chunk_max = (float *)(base + offset[8]),
+        .chunk_weight = (float *)(base + offset[9]),
+        .unscaled = base + offset[10],
     };
     for (int64_t i = begin; i < end; ++i) {
         const attention_unit *unit = &job->units[i];

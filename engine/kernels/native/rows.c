@@ -9,11 +9,51 @@
 /* Squares are summed in this many vectors, so that no addition waits for the one before. */
 enum { NUM_SUMS = 4 };
 
+#if defined(__AVX512BF16__)
+/* norm_row for rows of whole pairs. */
+INLINE void norm_pairs(const uint16_t *x, uint16_t *residual, const uint16_t *weight, float eps,
+                       int64_t dim, uint16_t *out) {
+    vf squares[NUM_SUMS] = {0};
+    for (int64_t i = 0, sum = 0; i < dim; i += 32, sum = (sum + 2) % NUM_SUMS) {
+        vf_pair v = load_pair(x + i);
+        if (residual) {
+            vf_pair kept = load_pair(residual + i);
+            v.even += kept.even;
+            v.odd += kept.odd;
+            __m512i rounded = bf16_from_pair(v);
+            _mm512_storeu_si512(residual + i, rounded);
+            v = pair_from_bf16(rounded);
+        }
+        squares[sum] += v.even * v.even;
+        squares[sum + 1] += v.odd * v.odd;
+    }
+    for (int sum = 1; sum < NUM_SUMS; ++sum) squares[0] += squares[sum];
+    if (residual) x = residual;
+    vf scale = splat(1.0f / sqrtf(sum_lanes(squares[0]) / (float)dim + eps));
+    for (int64_t i = 0; i < dim; i += 32) {
+        vf_pair v = load_pair(x + i), by = load_pair(weight + i);
+        v.even *= scale;
+        v.odd *= scale;
+        v = pair_from_bf16(bf16_from_pair(v));
+        v.even *= by.even;
+        v.odd *= by.odd;
+        _mm512_storeu_si512(out + i, bf16_from_pair(v));
+    }
+}
+#endif
+
 /* Writes norm(x + residual) * weight, and the sum, rounded, to the residual if there is one. Rows
  * of whole vectors, `is_whole`, need no masks. */
 INLINE void norm_row(int dtype, const int is_whole, const void *x, int64_t x_at, void *residual,
                      int64_t residual_at, const void *weight, float eps, int64_t dim, void *out,
                      int64_t out_at) {
+#if defined(__AVX512BF16__)
+    if (dtype == DTYPE_BF16 && dim % 32 == 0) {
+        norm_pairs((const uint16_t *)x + x_at, residual ? (uint16_t *)residual + residual_at : NULL,
+                   weight, eps, dim, (uint16_t *)out + out_at);
+        return;
+    }
+#endif
 #define COUNT(i) (is_whole ? LANES : dim - (i))
     vf squares[NUM_SUMS] = {0};
     for (int64_t i = 0, sum = 0; i < dim; i += LANES, sum = (sum + 1) % NUM_SUMS) {
