@@ -31,12 +31,20 @@ _QUESTION = "Explain in two sentences why the sky is blue."
 
 
 class Dtype(StrEnum):
-    """Of weights and KV cache."""
+    """Of weights, and of the KV cache unless `KvDtype` says otherwise."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class KvDtype(StrEnum):
+    """Of KV pools, and of what handovers carry."""
+
+    AUTO = "auto"
+    INT8 = "int8"
+    FP8 = "fp8"
 
 
 class Device(StrEnum):
@@ -66,6 +74,10 @@ RedisUrl = Annotated[
     str, typer.Option(help="A running Redis; without it a private one is started.")
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: the checkpoint's own.")]
+KvDtypeOption = Annotated[
+    KvDtype,
+    typer.Option(help="auto: as --dtype; int8 or fp8 take half of bfloat16, and change answers."),
+]
 DeviceOption = Annotated[Device, typer.Option(help="auto: cuda where there is a device.")]
 StateFile = Annotated[
     Path | None, typer.Option(help="Write role, pid and addresses of each process here (JSON).")
@@ -87,6 +99,7 @@ def up(
     store: Store = False,
     redis_url: RedisUrl = "",
     dtype: DtypeOption = Dtype.AUTO,
+    kv_dtype: KvDtypeOption = KvDtype.AUTO,
     device: DeviceOption = Device.AUTO,
     state_file: StateFile = None,
     verbose: Verbose = False,
@@ -109,6 +122,7 @@ def up(
         has_store=store,
         redis_url=redis_url,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         device=device,
         state_file=state_file,
     )

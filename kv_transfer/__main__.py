@@ -22,7 +22,7 @@ if __name__ == "__main__":
             program="kv_transfer",
             description=(
                 "A store of KV blocks for the workers of one model. Of the engine's settings it"
-                " reads those that decide the layout: dtype and block_size_tokens."
+                " reads those that decide the layout: dtype, kv_dtype and block_size_tokens."
             ),
         )
     )

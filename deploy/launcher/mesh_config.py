@@ -36,6 +36,8 @@ class MeshConfig:
     redis_url: str = ""
     """Empty: a private Redis is started."""
     dtype: str = "auto"
+    kv_dtype: str = "auto"
+    """Of all pools and the store; each refuses another's."""
     device: str = "auto"
     state_file: Path | None = None
     programs: Mapping[str, Sequence[str]] = field(default_factory=lambda: dict(_PROGRAMS))

@@ -70,7 +70,7 @@ def worker_specs(place: MeshPlace) -> list[ChildSpec]:
         slots = range(first_slot, first_slot + layout.num_ranks)
         first_slot = slots.stop
         flags = (
-            *("--host", HOST, "--port", "0", "--dtype", config.dtype, "--device", config.device),
+            *("--host", HOST, "--port", "0", "--device", config.device, *_dtypes(config)),
             *("--parallel", str(layout), "--core-share-fd", str(place.core_share_fd)),
         )
         ranks = [_rank_environment(slot, homes[slot]) for slot in slots]
@@ -93,10 +93,14 @@ def store_spec(place: MeshPlace) -> ChildSpec:
         place,
         name="store",
         role="store",
-        flags=_always(("--host", HOST, "--port", "0", "--dtype", place.config.dtype)),
+        flags=_always(("--host", HOST, "--port", "0", *_dtypes(place.config))),
         environments=lambda: [thread_environment(1)],
         inherited_fds=(),
     )
+
+
+def _dtypes(config: MeshConfig) -> Sequence[str]:
+    return ("--dtype", config.dtype, "--kv-dtype", config.kv_dtype)
 
 
 def _rank_environment(slot: int, home: Sequence[int]) -> dict[str, str]:

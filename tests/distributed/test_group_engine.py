@@ -85,13 +85,22 @@ def answers_of_group(group: RankGroup, path: str, settings: dict[str, Any]) -> d
 @pytest.mark.parametrize(
     "layout",
     ["tp=2", "tp=3", "pp=2", "pp=3", "tp=2,pp=2", "pp=2,interleave=2", "tp=2,pp=2,interleave=2",
-     "sp=2", "tp=2,sp=2", "sp=2,pp=2"],
+     "tp=2,sp=2", "sp=2,pp=2"],
 )  # fmt: skip
 def test_ranks_draw_the_tokens_of_one(
     layout: str, checkpoint: Path, expected: dict[str, list[int]]
 ) -> None:
     settings = {"parallel": ParallelLayout.parse(layout)}
     leader, *_ = run_ranks(layout, answers_of_group, str(checkpoint), settings)
+    assert leader["tokens"] == expected
+
+
+def test_ranks_exchange_rows_with_their_scales(checkpoint: Path) -> None:
+    expected = asyncio.run(
+        answer_all(lead(None, checkpoint, {"kv_dtype": "int8"}), prompts(), NUM_TOKENS)
+    ).tokens
+    settings = {"parallel": ParallelLayout.parse("sp=2"), "kv_dtype": "int8"}
+    leader, *_ = run_ranks("sp=2", answers_of_group, str(checkpoint), settings)
     assert leader["tokens"] == expected
 
 

@@ -207,6 +207,7 @@ def test_selectors_match_their_pods_and_no_others() -> None:
         (("--set", "decode.replica=2"), "replica"),
         (("--set", "decode.replicas=0"), "replicas"),
         (("--set", "model.dtype=int4"), "dtype"),
+        (("--set", "model.kvDtype=int4"), "kvDtype"),
         (("--set", "store.memoryBytes=4Gi"), "memoryBytes"),
         (("--set", "decode.parallel=tp2"), "parallel"),
         (("--set", "prefill.parallel=xp=2"), "parallel"),

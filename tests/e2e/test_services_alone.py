@@ -167,7 +167,7 @@ async def test_pools_that_differ_are_told_both_sides_and_the_answer_comes_anyway
         await services.start("gateway", "gateway")
         await services.start("decode", "decode", "--dtype", "float32")
         for name, flags, path, differing in (
-            ("dtype", ("--dtype", "bfloat16"), model, ("float32", "bfloat16")),
+            ("precision", ("--dtype", "float32", "--kv-dtype", "int8"), model, ("float32", "int8")),
             ("checkpoint", ("--dtype", "float32"), other, ()),
         ):
             prefill = await services.start(name, "prefill", *flags, model=path)

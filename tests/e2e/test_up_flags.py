@@ -14,8 +14,8 @@ from tests.checkpoints import tiny_checkpoint
 from tests.e2e.mesh_process import mesh_process
 
 NUM_PROMPT_TOKENS = 50
-# 3 layers x (key, value) x 2 heads x 16 x 2 bytes
-BYTES_PER_TOKEN_FLOAT16 = 384
+# 3 layers x (key, value) x 2 heads x (16 x 1 byte + a scale)
+BYTES_PER_TOKEN_FP8 = 240
 
 
 def free_ports() -> tuple[int, int]:
@@ -34,6 +34,7 @@ async def test_up_as_asked_in_every_flag(tmp_path: Path, redis_url: str) -> None
         *("--model", str(model), "--prefill", "2", "--decode", "3"),
         *("--http-port", str(http_port), "--grpc-port", str(grpc_port)),
         *("--redis-url", redis_url, "--dtype", "float16", "--device", "cpu"),
+        *("--kv-dtype", "fp8"),
     )
     with mesh_process(tmp_path, *flags) as mesh:
         state = json.loads((tmp_path / "state.json").read_text())
@@ -54,6 +55,6 @@ async def test_up_as_asked_in_every_flag(tmp_path: Path, redis_url: str) -> None
                 prompt = [5 + (7 * start + index) % 300 for index in range(NUM_PROMPT_TOKENS)]
                 body = {"prompt": prompt, "max_tokens": 4, "isthmus": {"report": True}}
                 report = (await client.post("/v1/completions", json=body)).json()["isthmus"]
-                assert report["handover_bytes"] == NUM_PROMPT_TOKENS * BYTES_PER_TOKEN_FLOAT16
+                assert report["handover_bytes"] == NUM_PROMPT_TOKENS * BYTES_PER_TOKEN_FP8
                 workers |= {report["prefill_worker_id"], report["decode_worker_id"]}
         assert len(workers) == 5, "all of them take turns"

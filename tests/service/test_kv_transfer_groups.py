@@ -24,7 +24,7 @@ from tests.fakes.kv_layouts import group_layout
 NUM_TOKENS = 21
 
 GQA = KvLayout(num_layers=6, num_kv_heads=4, head_dim=8, block_size_tokens=4, dtype="bfloat16")
-UNEVEN = replace(GQA, num_layers=5, num_kv_heads=3)
+UNEVEN = replace(GQA, num_layers=5, num_kv_heads=3, dtype="int8")
 LATENT = replace(GQA, num_layers=7, num_kv_heads=1, num_parts=1, dtype="float32", head_dim=6)
 MODELS = {"gqa": (GQA, 8), "uneven": (UNEVEN, 9), "latent": (LATENT, 8)}
 

@@ -102,6 +102,7 @@ def test_help_names_every_command_and_loads_nothing_heavy() -> None:
         (("up", "--model", "/nowhere/model"), "/nowhere/model"),
         (("up", "--decode", "0"), "--decode"),
         (("up", "--dtype", "int4"), "int4"),
+        (("up", "--kv-dtype", "int4"), "int4"),
         (("up", "--decode-parallel", "tp=two"), "--decode-parallel: tp must be a whole number"),
         (("up", "--prefill-parallel", "xp=2"), "--prefill-parallel: 'xp=2' in 'xp=2' is not"),
         (("gateway", "--no-such-flag", "1"), "--no-such-flag"),

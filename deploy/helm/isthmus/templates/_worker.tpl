@@ -10,6 +10,7 @@
   "--advertise-address=$(POD_IP):50051"
   "--metrics-port=9100"
   (printf "--dtype=%s" .root.Values.model.dtype)
+  (printf "--kv-dtype=%s" .root.Values.model.kvDtype)
   (printf "--device=%s" .root.Values.model.device)
   (printf "--drain-grace-s=%v" .pool.drainSeconds)
 -}}
