@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-NAMES = ("engine", "kv_transfer", "parallel", "gateway", "serving")
+NAMES = ("engine", "kv_precision", "kv_transfer", "parallel", "gateway", "serving")
 
 
 def commands(options: argparse.Namespace, mesh_arguments: Sequence[str]) -> dict[str, list[str]]:

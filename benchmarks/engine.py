@@ -13,7 +13,8 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -23,9 +24,11 @@ from rich.table import Table
 
 from benchmarks.machine import MachineProbe, MachineRates
 from engine.checkpoint.read import read_config
+from engine.config import EngineConfig
 from engine.kernels import choose_kernels
 from engine.kernels.interface import PackedLinear
 from engine.kv_cache.batch import StepBatch
+from engine.kv_cache.full_layout import full_kv_layout
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.pool import KvPool
 from engine.models.build import load_model, resolve_dtype
@@ -84,7 +87,7 @@ class ModelCost:
         return cls(
             linear_flop_per_token=2.0 * (sum(sizes) - config.vocab_size * config.hidden_size),
             attention_flop_per_pair=4.0 * config.num_heads * config.head_dim * config.num_layers,
-            weight_bytes=sum(sizes) * layout.bytes_per_token // _elements_per_token(layout),
+            weight_bytes=sum(sizes) * model.dtype.itemsize,
             kv_bytes_per_token=layout.bytes_per_token,
         )
 
@@ -108,28 +111,41 @@ class EngineBench:
         self._num_threads = num_threads
         self.kernels = choose_kernels(torch.device("cpu"), self._dtype, num_threads)
         self._model = load_model(path, kernels=self.kernels, dtype=_dtype_name(self._dtype))
-        config = self._model.config
-        layout = KvLayout(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            num_parts=config.num_kv_parts,
-            block_size_tokens=BLOCK_SIZE_TOKENS,
-            dtype=_dtype_name(self._dtype),
-        )
-        most_tokens = max(*PREFILL_TOKENS, max(DECODE_SEQUENCES) * DECODE_CONTEXT_TOKENS)
-        num_blocks = layout.num_blocks_for(most_tokens) + max(DECODE_SEQUENCES)
-        self._pool = KvPool(layout, num_blocks, torch.device("cpu"))
-        self._cost = ModelCost.of(self._model, layout)
         self._probe = MachineProbe(self._dtype)
+        self.use_kv("auto")
+
+    def with_kv(self, kv_dtype: str) -> "EngineBench":
+        """The same model with a pool of another precision."""
+        other = copy(self)
+        other.use_kv(kv_dtype)
+        return other
+
+    def use_kv(self, kv_dtype: str) -> None:
+        """Take a new pool, of this precision."""
+        config = EngineConfig(
+            dtype=_dtype_name(self._dtype), kv_dtype=kv_dtype, block_size_tokens=BLOCK_SIZE_TOKENS
+        )
+        self.layout = full_kv_layout(self._model.config, config)
+        most_tokens = max(*PREFILL_TOKENS, max(DECODE_SEQUENCES) * DECODE_CONTEXT_TOKENS)
+        num_blocks = self.layout.num_blocks_for(most_tokens) + max(DECODE_SEQUENCES)
+        self._pool = KvPool(self.layout, num_blocks, torch.device("cpu"))
+        self._cost = ModelCost.of(self._model, self.layout)
+
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Float32, of all positions of one prompt of at most PREFILL_TOKENS[-1]."""
+        found = []
+        for batch in self._prompt(len(token_ids)):
+            chunk = torch.tensor(token_ids)[batch.position_T]
+            found.append(self._model.logits(self._model(replace(batch, token_T=chunk), self._pool)))
+        return torch.cat(found)
+
+    def _prompt(self, num_tokens: int) -> list[StepBatch]:
+        starts = range(0, num_tokens, CHUNK_TOKENS)
+        return [self._batch(1, start, min(start + CHUNK_TOKENS, num_tokens)) for start in starts]
 
     def prefill(self, num_tokens: int, limit_s: float) -> Row:
         """One prompt alone, first token's logits included."""
-        spans = [
-            (start, min(start + CHUNK_TOKENS, num_tokens))
-            for start in range(0, num_tokens, CHUNK_TOKENS)
-        ]
-        steps = [self._batch(1, start, end) for start, end in spans]
+        steps = self._prompt(num_tokens)
         rates, times_s = self._timed(steps, limit_s)
         return _row(
             "prefill", 1, num_tokens, times_s, rates, self._cost.prefill_s(num_tokens, rates)
@@ -206,10 +222,6 @@ def _row(
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _elements_per_token(layout: KvLayout) -> int:
-    return layout.num_layers * layout.num_parts * layout.num_kv_heads * layout.head_dim
 
 
 def table(rows: Sequence[Row], title: str) -> Table:

@@ -8,7 +8,8 @@ from benchmarks import serving
 
 def test_every_benchmark_is_run_with_a_file_of_its_own() -> None:
     found = command.commands(command.parsed(["--out", "here", "--quick"]), [])
-    assert list(found) == ["engine", "kv_transfer", "parallel", "gateway", "serving"]
+    names = ["engine", "kv_precision", "kv_transfer", "parallel", "gateway", "serving"]
+    assert list(found) == names
     assert found["engine"][1:] == [
         *("-m", "benchmarks.engine", "--json", str(Path("here", "engine.json")), "--quick")
     ]
