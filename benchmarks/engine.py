@@ -134,18 +134,19 @@ class EngineBench:
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Float32, of all positions of one prompt of at most PREFILL_TOKENS[-1]."""
         found = []
-        for batch in self._prompt(len(token_ids)):
+        for batch in self.prompt(len(token_ids)):
             chunk = torch.tensor(token_ids)[batch.position_T]
             found.append(self._model.logits(self._model(replace(batch, token_T=chunk), self._pool)))
         return torch.cat(found)
 
-    def _prompt(self, num_tokens: int) -> list[StepBatch]:
+    def prompt(self, num_tokens: int) -> list[StepBatch]:
+        """Its chunks, to be run one after the other."""
         starts = range(0, num_tokens, CHUNK_TOKENS)
         return [self._batch(1, start, min(start + CHUNK_TOKENS, num_tokens)) for start in starts]
 
     def prefill(self, num_tokens: int, limit_s: float) -> Row:
         """One prompt alone, first token's logits included."""
-        steps = self._prompt(num_tokens)
+        steps = self.prompt(num_tokens)
         rates, times_s = self._timed(steps, limit_s)
         return _row(
             "prefill", 1, num_tokens, times_s, rates, self._cost.prefill_s(num_tokens, rates)
@@ -154,25 +155,29 @@ class EngineBench:
     def decode(self, num_sequences: int, limit_s: float) -> Row:
         """One token of each sequence, whose context ends with it."""
         context = DECODE_CONTEXT_TOKENS
-        steps = [self._batch(num_sequences, context - 1, context)]
-        rates, times_s = self._timed(steps, limit_s)
+        rates, times_s = self._timed(self.decode_step(num_sequences), limit_s)
         bound_s = self._cost.decode_s(num_sequences, context, rates)
         return _row("decode", num_sequences, context, times_s, rates, bound_s)
+
+    def decode_step(self, num_sequences: int) -> list[StepBatch]:
+        context = DECODE_CONTEXT_TOKENS
+        return [self._batch(num_sequences, context - 1, context)]
 
     def _timed(
         self, steps: Sequence[StepBatch], limit_s: float
     ) -> tuple[MachineRates, list[float]]:
-        self._run(steps)
+        self.run(steps)
         rates = self._probe.rates(self._num_threads)
         times_s: list[float] = []
         end_s = time.perf_counter() + limit_s
         while len(times_s) < 5 or time.perf_counter() < end_s:
             start_s = time.perf_counter()
-            self._run(steps)
+            self.run(steps)
             times_s.append(time.perf_counter() - start_s)
         return rates, times_s
 
-    def _run(self, steps: Sequence[StepBatch]) -> None:
+    def run(self, steps: Sequence[StepBatch]) -> None:
+        """Compute them, and the last one's logits to draw from."""
         for batch in steps:
             hidden = self._model(batch, self._pool)
         self._model.logits(hidden[batch.query_start_B1[1:].long() - 1])

@@ -13,7 +13,8 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from rich.table import Table
 from benchmarks.engine import DECODE_CONTEXT_TOKENS, EngineBench, model_path
 from benchmarks.logit_loss import LogitLoss, logit_loss
 from engine.config import KV_DTYPES
+from engine.kv_cache.batch import StepBatch
 from gateway.tokenizer import load_text_model
 
 FORMAT = "isthmus-kv-precision-benchmark-1"
@@ -33,7 +35,6 @@ TEXTS = Path(__file__).parent.parent / "docs" / "decisions"
 """In the order of their names; nobody trained on them."""
 NUM_TOKENS = 1024
 DECODE_SEQUENCES = 8
-NUM_TURNS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,29 +58,50 @@ def rows_of(
     reference: torch.Tensor,
     limit_s: float,
 ) -> list[Row]:
-    """All precisions of the pool, computed in `dtype`; each case is timed for `limit_s` a turn."""
+    """All precisions of the pool, computed in `dtype`; timed for `limit_s` each way."""
     benches = {kv_dtype: plain.with_kv(kv_dtype) for kv_dtype in KV_DTYPES}
     losses = {
         kv_dtype: logit_loss(reference, bench.logits(token_ids))
         for kv_dtype, bench in benches.items()
     }
-    prefill_ms: dict[str, list[float]] = {kv_dtype: [] for kv_dtype in KV_DTYPES}
-    decode_ms: dict[str, list[float]] = {kv_dtype: [] for kv_dtype in KV_DTYPES}
-    for _ in range(NUM_TURNS):
-        for kv_dtype, bench in benches.items():
-            prefill_ms[kv_dtype].append(bench.prefill(len(token_ids), limit_s).median_ms)
-            decode_ms[kv_dtype].append(bench.decode(DECODE_SEQUENCES, limit_s).median_ms)
+    prefill_ms = _median_ms(
+        {kv_dtype: (bench, bench.prompt(len(token_ids))) for kv_dtype, bench in benches.items()},
+        limit_s,
+    )
+    decode_ms = _median_ms(
+        {
+            kv_dtype: (bench, bench.decode_step(DECODE_SEQUENCES))
+            for kv_dtype, bench in benches.items()
+        },
+        limit_s,
+    )
     return [
         Row(
             dtype=dtype,
             kv_dtype=kv_dtype,
             bytes_per_token=bench.layout.bytes_per_token,
             loss=losses[kv_dtype],
-            prefill_ms=statistics.median(prefill_ms[kv_dtype]),
-            decode_ms=statistics.median(decode_ms[kv_dtype]),
+            prefill_ms=prefill_ms[kv_dtype],
+            decode_ms=decode_ms[kv_dtype],
         )
         for kv_dtype, bench in benches.items()
     ]
+
+
+def _median_ms(
+    cases: Mapping[str, tuple[EngineBench, Sequence[StepBatch]]], limit_s: float
+) -> dict[str, float]:
+    """Of each case's steps together; cases take turns, for `limit_s` in all."""
+    times_s: dict[str, list[float]] = {name: [] for name in cases}
+    for bench, steps in cases.values():
+        bench.run(steps)
+    end_s = time.perf_counter() + limit_s
+    while time.perf_counter() < end_s:
+        for name, (bench, steps) in cases.items():
+            start_s = time.perf_counter()
+            bench.run(steps)
+            times_s[name].append(time.perf_counter() - start_s)
+    return {name: 1e3 * statistics.median(times) for name, times in times_s.items()}
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
@@ -120,7 +142,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parsed(arguments)
     path = model_path(options.model)
     num_threads = options.threads or len(os.sched_getaffinity(0))
-    limit_s = 0.3 if options.quick else 2.0
+    limit_s = 5.0 if options.quick else 20.0
     texts = [options.text] if options.text else sorted(TEXTS.glob("[0-9]*.md"))
     text = "\n".join(each.read_text(encoding="utf-8") for each in texts)
     found = load_text_model(path).tokenizer.encode_now(text, add_special_tokens=True)

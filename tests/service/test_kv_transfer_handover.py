@@ -101,6 +101,7 @@ async def test_another_model_is_refused_with_both_sides_named() -> None:
         {"num_layers": 4},
         {"num_parts": 1},
         {"dtype": "float16"},
+        {"dtype": "int8"},
         {"num_kv_heads": 1},
         {"head_dim": 4},
     ],

@@ -28,7 +28,7 @@ def test_layouts_survive_the_wire() -> None:
     [
         ("num_layers", 0),
         ("head_dim", 2**32 - 1),
-        ("dtype", "int8"),
+        ("dtype", "int4"),
         ("dtype", ""),
         ("num_parts", 0),
     ],
