@@ -37,7 +37,7 @@ class FrameFlag(IntFlag):
     """The push ends with this frame on this connection: answer it."""
     CHECKSUM = 2
     """The payload's xxh3_64 follows it, CHECKSUM_BYTES: so it is taken piece by piece of what has
-    just gone through the cache."""
+    just gone over the connection, while the other end has that."""
 
 
 _ALL_FLAGS = int(FrameFlag.LAST | FrameFlag.CHECKSUM)

@@ -1,7 +1,6 @@
 """Writes in frames over connections to a receiver's data port, whatever brings their payload."""
 
 import secrets
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 
@@ -76,7 +75,10 @@ class FrameWriter:
         if not frames:
             return 0
         self._num_pushes += 1
-        push = Push(self._writer_id, self._num_pushes, permit, source, threading.Event())
+        push = Push(self._writer_id, self._num_pushes, permit, source)
+        if len(frames) == 1:
+            self._write(push, self._connections[0], frames)
+            return frames[0].num_bytes
         used = self._connections[: len(frames)]
         shares = [frames[index :: len(used)] for index in range(len(used))]
         others = [
@@ -108,7 +110,7 @@ class FrameWriter:
             raise PeerUnavailableError(f"{self._peer}: {error}") from error
         finally:
             if status is not PushStatus.WRITTEN:
-                push.is_broken.set()
+                push.is_broken = True
                 connection.close()  # the receiver drops what it has of an unfinished frame
         if status is not PushStatus.WRITTEN:
             raise _ERROR_OF[status](

@@ -9,10 +9,13 @@ from kv_transfer.copying import Bytes, Offsets, copy_runs
 from kv_transfer.runs import merged
 
 PIECE_BYTES = 512 << 10
-"""Goes through its checksum and the socket while it is in the cache, beside what the receiver
-does with the piece before."""
+"""Goes through the socket and its checksum while it is in the cache, beside what the other end
+does with the same piece or the one before."""
+TOGETHER_BYTES = 64 << 10
+"""Up to this a payload and its checksum go at once: another system call would take longer."""
 SCATTER_BYTES = 8192
-"""Shorter runs are gathered in one buffer: cheaper than a system call's list of them."""
+SCATTER_RUNS = 16
+"""More runs that are shorter are gathered: cheaper than a system call's list of them."""
 
 
 class Payload:
@@ -20,9 +23,11 @@ class Payload:
 
     def __init__(self, pool: Bytes, offsets: Offsets, lengths: Offsets, scratch: Bytes) -> None:
         self._pool = pool
-        self._scratch = scratch[: int(lengths.sum())]
+        num_bytes = int(lengths.sum())
+        self._scratch = scratch[:num_bytes]
         self._offsets, self._lengths = merged(offsets, lengths)
-        self.is_gathered = len(self._scratch) < SCATTER_BYTES * len(self._lengths)
+        num_runs = len(self._lengths)
+        self.is_gathered = num_runs > SCATTER_RUNS and num_bytes < SCATTER_BYTES * num_runs
 
     def views(self) -> list[memoryview]:
         """Where the payload is, or is to be received: the runs, or the buffer."""

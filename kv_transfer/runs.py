@@ -63,8 +63,11 @@ class Region:
     ) -> tuple[Offsets, Offsets]:
         """The same in a pool: for these blocks, one after the other."""
         offsets, lengths = self.runs(grain, max_bytes)
-        starts = block_indices[:, None] * self.layout.block_bytes
-        return (starts + offsets).reshape(-1), np.tile(lengths, len(block_indices))
+        starts = block_indices * self.layout.block_bytes
+        if len(lengths) == 1:  # numpy's small calls are most of a small push's time
+            return starts + offsets, lengths.repeat(len(starts))
+        all_lengths = lengths[None].repeat(len(starts), axis=0)
+        return (starts[:, None] + offsets).reshape(-1), all_lengths.reshape(-1)
 
 
 @lru_cache(maxsize=1024)
@@ -125,7 +128,13 @@ class Piece:
 
 def merged(offsets: Offsets, lengths: Offsets) -> tuple[Offsets, Offsets]:
     """Runs that follow on one another as one."""
-    firsts = np.flatnonzero(np.append(True, offsets[1:] != offsets[:-1] + lengths[:-1]))
+    if len(offsets) == 1:
+        return offsets, lengths
+    is_first = np.ones(len(offsets), np.bool_)
+    np.not_equal(offsets[1:], offsets[:-1] + lengths[:-1], out=is_first[1:])
+    if is_first.all():
+        return offsets, lengths
+    firsts = is_first.nonzero()[0]
     return offsets[firsts], np.add.reduceat(lengths, firsts)
 
 

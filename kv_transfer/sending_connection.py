@@ -2,7 +2,6 @@
 
 import socket
 import ssl
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,7 +20,7 @@ from kv_transfer.frame import (
     checksum_to_bytes,
     ids_to_bytes,
 )
-from kv_transfer.payload import PIECE_BYTES, cut, digest
+from kv_transfer.payload import PIECE_BYTES, TOGETHER_BYTES, cut, digest
 from kv_transfer.plane import WritePermit
 from kv_transfer.runs import Piece
 
@@ -30,7 +29,7 @@ class OtherFailedError(Exception):
     """Another connection of the push has failed, and says why."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Push:
     """What the connections that share a push have in common."""
 
@@ -38,12 +37,13 @@ class Push:
     number: int
     permit: WritePermit
     source: BlockSource
-    is_broken: threading.Event
+    is_broken: bool = False
+    """Set by the connection that fails first, in its thread."""
 
     def check(self) -> None:
         """Raises what `WritePermit.check` raises, or OtherFailedError."""
         self.permit.check()
-        if self.is_broken.is_set():
+        if self.is_broken:
             raise OtherFailedError
 
 
@@ -100,9 +100,12 @@ class SendingConnection:
             sock = self._socket = self._connect()
             if greeting := self._source.greeting():
                 stream.send(sock, greeting, timeout_s=self._timeout_s, check=push.check)
+        tail = b""
         for index, frame in enumerate(frames):
             push.check()
-            self._send(sock, push, frame, is_last=index == len(frames) - 1)
+            tail = self._send(sock, push, frame, tail, is_last=index == len(frames) - 1)
+        if tail:
+            stream.send(sock, tail, timeout_s=self._timeout_s, check=push.check)
         self._source.await_answer(sock, push)
         return self._receive_answer(sock, push)
 
@@ -112,7 +115,7 @@ class SendingConnection:
             self._socket = None
 
     def _connect(self) -> socket.socket:
-        sock = socket.create_connection(self._address, timeout=self._timeout_s)
+        sock = stream.connect(self._address, timeout_s=self._timeout_s)
         stream.prepare(sock)
         if self._tls is None:
             return sock
@@ -124,7 +127,13 @@ class SendingConnection:
             raise
         return secured
 
-    def _send(self, sock: socket.socket, push: Push, frame: Piece, *, is_last: bool) -> None:
+    def _send(
+        self, sock: socket.socket, push: Push, frame: Piece, before: bytes, *, is_last: bool
+    ) -> bytes:
+        """Send what is left of the frame before, and this one; returns what is left of that.
+
+        Each system call may have to wake the receiver, which here costs more than the bytes.
+        """
         content = self._source.content(push, frame)
         ids = ids_to_bytes(frame.target_blocks)
         flags = FrameFlag.LAST if is_last else FrameFlag(0)
@@ -145,22 +154,20 @@ class SendingConnection:
         def send(*buffers: bytes | memoryview) -> None:
             stream.send(sock, *buffers, timeout_s=self._timeout_s, check=push.check)
 
-        head = header.to_bytes() + ids
-        if content.checked is not content.sent or frame.num_bytes <= PIECE_BYTES:
-            send(head, *content.sent, *self._tail(content))
-            return
-        send(head)
+        head = before + header.to_bytes() + ids
+        if not self._has_checksums:
+            send(head, *content.sent)
+            return b""
+        if content.checked is not content.sent or frame.num_bytes <= TOGETHER_BYTES:
+            send(head, *content.sent, checksum_to_bytes(digest(content.checked)))
+            return b""
         hashed = xxhash.xxh3_64()
         for piece in cut(content.checked, PIECE_BYTES):
-            if self._has_checksums:
-                for view in piece:
-                    hashed.update(view)
-            send(*piece)
-        if self._has_checksums:
-            send(checksum_to_bytes(hashed.intdigest()))
-
-    def _tail(self, content: FrameContent) -> Sequence[bytes]:
-        return (checksum_to_bytes(digest(content.checked)),) if self._has_checksums else ()
+            send(head, *piece) if head else send(*piece)
+            head = b""
+            for view in piece:
+                hashed.update(view)
+        return checksum_to_bytes(hashed.intdigest())
 
     def _receive_answer(self, sock: socket.socket, push: Push) -> PushStatus:
         data = bytearray(ANSWER_BYTES)

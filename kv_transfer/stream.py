@@ -17,12 +17,36 @@ KEEPALIVE_PROBES = 3
 """A host that is silent for a minute, though nothing is asked of it, has vanished."""
 
 
+HERE_CONGESTION = b"reno"
+"""Nothing between two ends on one host is congested: what paces itself for the sake of a network
+(bbr) only waits there. Every Linux has this one, and lets everybody have it."""
+
+
 class StalledError(OSError):
     """The peer moved no byte for too long."""
 
 
 class HandshakeError(OSError):
     """The peer speaks no TLS, or shows no certificate that is trusted."""
+
+
+def connect(address: tuple[str, int], *, timeout_s: float) -> socket.socket:
+    """A connection to the first of the host's addresses that takes one; not prepared yet."""
+    failure = OSError(f"no address of {address[0]}")
+    for family, kind, protocol, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            if _is_here(family, place):
+                with contextlib.suppress(OSError):  # a sandbox has none to choose
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, HERE_CONGESTION)
+            sock.settimeout(timeout_s)
+            sock.connect(place)
+        except OSError as error:
+            sock.close()
+            failure = error
+        else:
+            return sock
+    raise failure
 
 
 def prepare(sock: socket.socket) -> None:
@@ -136,6 +160,13 @@ def send(
             continue
         index = _advance(left, index, count)
         progress_s = time.monotonic()
+
+
+def _is_here(family: int, place: tuple[object, ...]) -> bool:
+    """Whether what is sent to `place` stays on this host; nothing is sent to find out."""
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(place)
+        return bool(probe.getsockname()[0] == probe.getpeername()[0])
 
 
 def _is_tick(error: OSError) -> bool:

@@ -26,7 +26,7 @@ from kv_transfer.frame_reader import FrameReader, receive_all
 from kv_transfer.gate import FRAME_BYTES, Gate
 from kv_transfer.memory import KvMemory
 from kv_transfer.offer import TcpOffer
-from kv_transfer.payload import PIECE_BYTES, Payload, cut
+from kv_transfer.payload import PIECE_BYTES, TOGETHER_BYTES, Payload, cut, digest
 from kv_transfer.plane import WriteWindow
 from kv_transfer.runs import Region
 from kv_transfer.tls import server_context
@@ -126,15 +126,19 @@ class _SocketBody:
             receive_all(self._connection, *views, timeout_s=timeout_s)
             return PushStatus.WRITTEN
         checksum = bytearray(CHECKSUM_BYTES)
-        hashed = xxhash.xxh3_64()
-        pieces = [*cut(views, PIECE_BYTES)]
-        for piece in pieces:
-            more = [memoryview(checksum)] if piece is pieces[-1] else []
-            receive_all(self._connection, *piece, *more, timeout_s=timeout_s)
-            for view in piece:
-                hashed.update(view)
-        is_whole = is_checksum(checksum, hashed.intdigest())
-        return PushStatus.WRITTEN if is_whole else PushStatus.CORRUPT
+        checksum_data = memoryview(checksum)
+        if header.num_bytes <= TOGETHER_BYTES:
+            receive_all(self._connection, *views, checksum_data, timeout_s=timeout_s)
+            found = digest(views)
+        else:
+            hashed = xxhash.xxh3_64()
+            for piece in cut(views, PIECE_BYTES):
+                receive_all(self._connection, *piece, timeout_s=timeout_s)
+                for view in piece:
+                    hashed.update(view)
+            receive_all(self._connection, checksum_data, timeout_s=timeout_s)
+            found = hashed.intdigest()
+        return PushStatus.WRITTEN if is_checksum(checksum, found) else PushStatus.CORRUPT
 
     def _scratch(self) -> Bytes:
         if self._staging is None:

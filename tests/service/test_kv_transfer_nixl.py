@@ -304,7 +304,7 @@ def a_stopped_push() -> Push:
     permit.stopped.set()
     with HostMemory() as memory:
         source = source_from(memory, host_blocks(memory), [])
-    return Push(1, 1, permit, source, threading.Event())
+    return Push(1, 1, permit, source)
 
 
 def test_a_read_that_is_under_way_is_served_when_its_push_is_given_up(monkeypatch) -> None:
