@@ -5,6 +5,7 @@ python -m benchmarks.moving.near WAY [--quick]    # prints a JSON line for each 
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
@@ -42,9 +43,17 @@ def way_named(name: str) -> Way:
 
 
 def measure(name: str, *, limit_s: float, most_bytes: int) -> Iterator[Figure]:
-    """Each case for at most `limit_s`, or MIN_RUNS."""
+    """Each case for at most `limit_s`, or MIN_RUNS.
+
+    Over TCP each process has a core of its own, as two hosts would be: on one they would take
+    turns, and no one would have to be woken.
+    """
     way = way_named(name)
-    with FarProcess() as far:
+    cores = sorted(os.sched_getaffinity(0))
+    is_over_tcp = name.startswith(("plain socket", "tcp")) or name.endswith(", tcp")
+    if is_over_tcp:
+        os.sched_setaffinity(0, cores[:1])
+    with FarProcess(cores[-1:] if is_over_tcp else cores) as far:
         for block_bytes, some in groupby(cases(most_bytes), key=lambda case: case.block_bytes):
             with ExitStack() as stack:
                 move = way.open(far, block_bytes, stack)

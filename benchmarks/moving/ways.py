@@ -2,10 +2,11 @@
 
 import base64
 import json
+import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,10 @@ from protos.isthmus.v1 import kv_transfer_pb2 as pb
 class FarProcess:
     """Asks `benchmarks.moving.far`; a context manager."""
 
+    def __init__(self, cores: Iterable[int]) -> None:
+        """`cores`: where it may run."""
+        self._cores = cores
+
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.moving.far"],
@@ -39,6 +44,7 @@ class FarProcess:
             stdout=subprocess.PIPE,
             text=True,
         )
+        os.sched_setaffinity(self._process.pid, self._cores)
         return self
 
     def __exit__(
