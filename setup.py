@@ -38,6 +38,7 @@ PORTABLE_UNITS = [
     ("layer", []),
     ("collectives", []),
     ("copy", []),
+    ("wire", []),
     ("mailbox", []),
     ("rank_sum", []),
     ("rank_wait", []),

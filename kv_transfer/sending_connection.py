@@ -8,7 +8,7 @@ from typing import Protocol
 
 import xxhash
 
-from kv_transfer import stream
+from kv_transfer import stream, wire
 from kv_transfer.blocks import BlockSource
 from kv_transfer.frame import (
     ANSWER_BYTES,
@@ -23,6 +23,7 @@ from kv_transfer.frame import (
 from kv_transfer.payload import PIECE_BYTES, TOGETHER_BYTES, cut, digest
 from kv_transfer.plane import WritePermit
 from kv_transfer.runs import Piece
+from kv_transfer.wire import Runs
 
 
 class OtherFailedError(Exception):
@@ -55,6 +56,8 @@ class FrameContent:
     """Behind them on the connection."""
     checked: Sequence[memoryview]
     """The payload, for its checksum; the same object where it is what is sent."""
+    runs: Runs | None = None
+    """The payload, where it goes by `wire`; nothing else is sent then."""
 
 
 class FrameSource(Protocol):
@@ -63,7 +66,7 @@ class FrameSource(Protocol):
     def greeting(self) -> bytes:
         """Goes first over a new connection; may be empty."""
 
-    def content(self, push: Push, frame: Piece) -> FrameContent:
+    def content(self, sock: socket.socket, push: Push, frame: Piece) -> FrameContent:
         """Valid until the next call."""
 
     def await_answer(self, sock: socket.socket, push: Push) -> None:
@@ -134,7 +137,7 @@ class SendingConnection:
 
         Each system call may have to wake the receiver, which here costs more than the bytes.
         """
-        content = self._source.content(push, frame)
+        content = self._source.content(sock, push, frame)
         ids = ids_to_bytes(frame.target_blocks)
         flags = FrameFlag.LAST if is_last else FrameFlag(0)
         header = FrameHeader(
@@ -155,6 +158,16 @@ class SendingConnection:
             stream.send(sock, *buffers, timeout_s=self._timeout_s, check=push.check)
 
         head = before + header.to_bytes() + ids
+        if content.runs is not None:
+            checksum = wire.send(
+                sock,
+                head,
+                content.runs,
+                has_checksum=self._has_checksums,
+                timeout_s=self._timeout_s,
+                check=push.check,
+            )
+            return checksum_to_bytes(checksum) if self._has_checksums else b""
         if not self._has_checksums:
             send(head, *content.sent)
             return b""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from kv_transfer import stream
+from kv_transfer import stream, wire
 from kv_transfer.blocks import host_blocks
 from kv_transfer.config import TransferConfig
 from kv_transfer.copying import Bytes, Offsets
@@ -28,8 +28,9 @@ from kv_transfer.memory import KvMemory
 from kv_transfer.offer import TcpOffer
 from kv_transfer.payload import PIECE_BYTES, TOGETHER_BYTES, Payload, cut, digest
 from kv_transfer.plane import WriteWindow
-from kv_transfer.runs import Region
+from kv_transfer.runs import Region, merged
 from kv_transfer.tls import server_context
+from kv_transfer.wire import Runs
 
 
 class TcpIntake:
@@ -94,6 +95,8 @@ class _SocketBody:
             return self._receive_for_device(header, block_ids)
         region = Region(blocks.layout, header.box, header.first_slot, header.num_slots)
         runs = region.runs_of(block_ids, region.grain(FRAME_BYTES), FRAME_BYTES)
+        if wire.is_native(self._connection.socket, header.num_bytes):
+            return self._receive_natively(header, Runs(blocks.flat, *merged(*runs)))
         payload = Payload(blocks.flat, *runs, self._scratch())
         status = self._receive_checked(header, payload.views())
         if status is PushStatus.WRITTEN:
@@ -120,25 +123,34 @@ class _SocketBody:
             )
         return PushStatus.WRITTEN
 
+    def _receive_natively(self, header: FrameHeader, runs: Runs) -> PushStatus:
+        sock, timeout_s = self._connection.socket, self._intake.timeout_s
+        has_checksum = FrameFlag.CHECKSUM in header.flags
+        found = wire.receive(sock, runs, has_checksum=has_checksum, timeout_s=timeout_s)
+        return self._compared(found) if has_checksum else PushStatus.WRITTEN
+
+    def _compared(self, found: int) -> PushStatus:
+        """Receive the checksum that follows."""
+        checksum = bytearray(CHECKSUM_BYTES)
+        receive_all(self._connection, memoryview(checksum), timeout_s=self._intake.timeout_s)
+        return PushStatus.WRITTEN if is_checksum(checksum, found) else PushStatus.CORRUPT
+
     def _receive_checked(self, header: FrameHeader, views: Sequence[memoryview]) -> PushStatus:
         timeout_s = self._intake.timeout_s
         if FrameFlag.CHECKSUM not in header.flags:
             receive_all(self._connection, *views, timeout_s=timeout_s)
             return PushStatus.WRITTEN
-        checksum = bytearray(CHECKSUM_BYTES)
-        checksum_data = memoryview(checksum)
         if header.num_bytes <= TOGETHER_BYTES:
-            receive_all(self._connection, *views, checksum_data, timeout_s=timeout_s)
-            found = digest(views)
-        else:
-            hashed = xxhash.xxh3_64()
-            for piece in cut(views, PIECE_BYTES):
-                receive_all(self._connection, *piece, timeout_s=timeout_s)
-                for view in piece:
-                    hashed.update(view)
-            receive_all(self._connection, checksum_data, timeout_s=timeout_s)
-            found = hashed.intdigest()
-        return PushStatus.WRITTEN if is_checksum(checksum, found) else PushStatus.CORRUPT
+            checksum = bytearray(CHECKSUM_BYTES)
+            receive_all(self._connection, *views, memoryview(checksum), timeout_s=timeout_s)
+            is_whole = is_checksum(checksum, digest(views))
+            return PushStatus.WRITTEN if is_whole else PushStatus.CORRUPT
+        hashed = xxhash.xxh3_64()
+        for piece in cut(views, PIECE_BYTES):
+            receive_all(self._connection, *piece, timeout_s=timeout_s)
+            for view in piece:
+                hashed.update(view)
+        return self._compared(hashed.intdigest())
 
     def _scratch(self) -> Bytes:
         if self._staging is None:

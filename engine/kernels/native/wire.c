@@ -1,0 +1,122 @@
+/* Runs of a pool over a socket: as few system calls as it takes, and their checksum meanwhile. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "call.h"
+#include "xxh3.h"
+
+/* A piece goes through its checksum while it is in the cache. */
+enum { PIECE_BYTES = 512 << 10, MAX_BUFFERS = 1024 };
+enum { DONE = 1, TICK = 0, CLOSED = -1, OUTSIDE = -2, FAILED = -16 /* less errno */ };
+
+/* One payload on its way; as `kv_transfer/wire.py` has it. */
+typedef struct {
+    char *pool;
+    int64_t pool_bytes;
+    const int64_t *offset, *num_bytes; /* of each run */
+    int64_t num_runs;
+    const char *head; /* goes before the payload; not part of its checksum */
+    int64_t head_bytes;
+    int64_t has_checksum;
+    uint64_t checksum; /* valid once it is done */
+    int64_t num_moved; /* in all, so that a peer that stands still is found out */
+    int64_t run, place, has_begun, has_avx2;
+    xxh3 hash;
+} payload;
+
+EXPORT int64_t isthmus_payload_bytes(void) { return (int64_t)sizeof(payload); }
+
+static int has_avx2(void) {
+#if defined(__x86_64__)
+    return strcmp(isthmus_kernels->name, "portable") != 0;
+#else
+    return 0;
+#endif
+}
+
+/* Every run is inside the pool and has a byte; the whole has enough for the checksum. */
+static int begin(payload *it) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < it->num_runs; ++i) {
+        int64_t size = it->num_bytes[i], first = it->offset[i];
+        if (size <= 0 || first < 0 || size > it->pool_bytes || first > it->pool_bytes - size)
+            return 0;
+        total += size;
+    }
+    if (it->has_checksum && total < XXH3_LEAST_BYTES) return 0;
+    xxh3_begin(&it->hash, total);
+    it->has_avx2 = has_avx2();
+    it->has_begun = 1;
+    return 1;
+}
+
+/* The next buffers, a piece of the payload at most. */
+static int gather(const payload *it, struct iovec *buffers) {
+    int count = 0;
+    if (it->head_bytes) buffers[count++] = (struct iovec){(char *)it->head, (size_t)it->head_bytes};
+    int64_t run = it->run, place = it->place, left = PIECE_BYTES;
+    while (run < it->num_runs && left && count < MAX_BUFFERS) {
+        int64_t some = it->num_bytes[run] - place;
+        if (some > left) some = left;
+        buffers[count++] = (struct iovec){it->pool + it->offset[run] + place, (size_t)some};
+        left -= some;
+        place = 0;
+        ++run;
+    }
+    return count;
+}
+
+static void advance(payload *it, int64_t moved) {
+    it->num_moved += moved;
+    int64_t of_head = moved < it->head_bytes ? moved : it->head_bytes;
+    it->head += of_head;
+    it->head_bytes -= of_head;
+    moved -= of_head;
+    while (moved) {
+        int64_t some = it->num_bytes[it->run] - it->place;
+        if (some > moved) some = moved;
+        const char *from = it->pool + it->offset[it->run] + it->place;
+        if (it->has_checksum)
+            xxh3_update(&it->hash, (const uint8_t *)from, some, (int)it->has_avx2);
+        moved -= some;
+        it->place += some;
+        if (it->place == it->num_bytes[it->run]) {
+            it->place = 0;
+            ++it->run;
+        }
+    }
+}
+
+typedef ssize_t (*mover)(int, struct msghdr *, int);
+
+static ssize_t take(int fd, struct msghdr *message, int flags) {
+    return recvmsg(fd, message, flags | MSG_WAITALL);
+}
+static ssize_t give(int fd, struct msghdr *message, int flags) {
+    return sendmsg(fd, message, flags | MSG_NOSIGNAL);
+}
+
+static int64_t move(int fd, payload *it, mover some) {
+    struct iovec buffers[MAX_BUFFERS];
+    if (!it->has_begun && !begin(it)) return OUTSIDE;
+    while (it->head_bytes || it->run < it->num_runs) {
+        struct msghdr message = {.msg_iov = buffers, .msg_iovlen = (size_t)gather(it, buffers)};
+        ssize_t moved = some(fd, &message, 0);
+        if (moved < 0)
+            return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR ? TICK
+                                                                             : FAILED - errno;
+        if (moved == 0) return CLOSED;
+        advance(it, moved);
+    }
+    if (it->has_checksum) it->checksum = xxh3_end(&it->hash);
+    return DONE;
+}
+
+/* Goes on until all is moved or nothing has moved for the socket's own time-out; then call again.
+ * Bytes of the checksum are not sent and not received. */
+EXPORT int64_t isthmus_send_payload(int fd, payload *it) { return move(fd, it, give); }
+EXPORT int64_t isthmus_receive_payload(int fd, payload *it) { return move(fd, it, take); }
