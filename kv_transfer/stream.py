@@ -17,6 +17,9 @@ KEEPALIVE_PROBES = 3
 """A host that is silent for a minute, though nothing is asked of it, has vanished."""
 
 
+WINDOW_BYTES = 1 << 20
+"""At least so much may be on its way: several times what the C library lets a receiver sleep for.
+"""
 HERE_CONGESTION = b"reno"
 """Nothing between two ends on one host is congested: what paces itself for the sake of a network
 (bbr) only waits there. Every Linux has this one, and lets everybody have it."""
@@ -58,6 +61,10 @@ def prepare(sock: socket.socket) -> None:
     tick = struct.pack("ll", 0, round(TICK_S * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+    # A buffer for whatever the receiver may wait for, which then still grows by itself; SO_RCVBUF
+    # would fix its size.
+    for num_bytes in (WINDOW_BYTES, 1):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)

@@ -9,8 +9,9 @@
 #include "call.h"
 #include "xxh3.h"
 
-/* A piece goes through its checksum while it is in the cache. */
-enum { PIECE_BYTES = 512 << 10, MAX_BUFFERS = 1024 };
+/* A piece goes through its checksum while it is in the cache. A receiver sleeps until there is so
+ * much that its wake-up, which the sender pays for, is worth it. */
+enum { PIECE_BYTES = 512 << 10, WAKE_BYTES = 256 << 10, MAX_BUFFERS = 1024 };
 enum { DONE = 1, TICK = 0, CLOSED = -1, OUTSIDE = -2, FAILED = -16 /* less errno */ };
 
 /* One payload on its way; as `kv_transfer/wire.py` has it. */
@@ -24,7 +25,7 @@ typedef struct {
     int64_t has_checksum;
     uint64_t checksum; /* valid once it is done */
     int64_t num_moved; /* in all, so that a peer that stands still is found out */
-    int64_t run, place, has_begun, has_avx2;
+    int64_t run, place, num_left, has_begun, has_avx2;
     xxh3 hash;
 } payload;
 
@@ -49,6 +50,7 @@ static int begin(payload *it) {
     }
     if (it->has_checksum && total < XXH3_LEAST_BYTES) return 0;
     xxh3_begin(&it->hash, total);
+    it->num_left = total;
     it->has_avx2 = has_avx2();
     it->has_begun = 1;
     return 1;
@@ -76,6 +78,7 @@ static void advance(payload *it, int64_t moved) {
     it->head += of_head;
     it->head_bytes -= of_head;
     moved -= of_head;
+    it->num_left -= moved;
     while (moved) {
         int64_t some = it->num_bytes[it->run] - it->place;
         if (some > moved) some = moved;
@@ -91,32 +94,52 @@ static void advance(payload *it, int64_t moved) {
     }
 }
 
-typedef ssize_t (*mover)(int, struct msghdr *, int);
-
-static ssize_t take(int fd, struct msghdr *message, int flags) {
-    return recvmsg(fd, message, flags | MSG_WAITALL);
-}
-static ssize_t give(int fd, struct msghdr *message, int flags) {
-    return sendmsg(fd, message, flags | MSG_NOSIGNAL);
+/* Its blocking calls return only with so many bytes, or at the end, or at the time-out. */
+static void wake_at(int fd, int64_t num_bytes) {
+    int least = (int)num_bytes;
+    (void)setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &least, sizeof least);
 }
 
-static int64_t move(int fd, payload *it, mover some) {
-    struct iovec buffers[MAX_BUFFERS];
-    if (!it->has_begun && !begin(it)) return OUTSIDE;
-    while (it->head_bytes || it->run < it->num_runs) {
-        struct msghdr message = {.msg_iov = buffers, .msg_iovlen = (size_t)gather(it, buffers)};
-        ssize_t moved = some(fd, &message, 0);
-        if (moved < 0)
-            return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR ? TICK
-                                                                             : FAILED - errno;
-        if (moved == 0) return CLOSED;
-        advance(it, moved);
-    }
+static int64_t outcome_of(ssize_t moved) {
+    if (moved == 0) return CLOSED;
+    int is_tick = errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR;
+    return is_tick ? TICK : FAILED - errno;
+}
+
+static int64_t end(payload *it) {
     if (it->has_checksum) it->checksum = xxh3_end(&it->hash);
     return DONE;
 }
 
-/* Goes on until all is moved or nothing has moved for the socket's own time-out; then call again.
- * Bytes of the checksum are not sent and not received. */
-EXPORT int64_t isthmus_send_payload(int fd, payload *it) { return move(fd, it, give); }
-EXPORT int64_t isthmus_receive_payload(int fd, payload *it) { return move(fd, it, take); }
+/* Both go on until all is moved, or nothing has moved for the socket's own time-out: then call
+ * again. Bytes of the checksum are not sent and not received. */
+EXPORT int64_t isthmus_send_payload(int fd, payload *it) {
+    struct iovec buffers[MAX_BUFFERS];
+    if (!it->has_begun && !begin(it)) return OUTSIDE;
+    while (it->head_bytes || it->num_left) {
+        struct msghdr message = {.msg_iov = buffers, .msg_iovlen = (size_t)gather(it, buffers)};
+        ssize_t moved = sendmsg(fd, &message, MSG_NOSIGNAL);
+        if (moved <= 0) return outcome_of(moved);
+        advance(it, moved);
+    }
+    return end(it);
+}
+
+EXPORT int64_t isthmus_receive_payload(int fd, payload *it) {
+    struct iovec buffers[MAX_BUFFERS];
+    if (!it->has_begun && !begin(it)) return OUTSIDE;
+    int64_t least = 0, outcome = TICK;
+    while (it->num_left) {
+        int64_t wanted = it->num_left < WAKE_BYTES ? it->num_left : WAKE_BYTES;
+        if (wanted != least) wake_at(fd, least = wanted);
+        struct msghdr message = {.msg_iov = buffers, .msg_iovlen = (size_t)gather(it, buffers)};
+        ssize_t moved = recvmsg(fd, &message, 0);
+        if (moved <= 0) {
+            outcome = outcome_of(moved);
+            break;
+        }
+        advance(it, moved);
+    }
+    wake_at(fd, 1); /* what follows is short */
+    return it->num_left ? outcome : end(it);
+}
