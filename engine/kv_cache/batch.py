@@ -76,3 +76,6 @@ class StepBatch:
     """
     split: SequenceSplit | None = None
     """The other ranks of the sequence axis compute other tokens of the step; None: the same."""
+    parts: tuple["StepBatch", ...] = ()
+    """Runs of the packed tokens that take turns in each layer, in order; none: all at once. What
+    one has to exchange with other ranks travels while the next one is computed."""

@@ -18,10 +18,10 @@ from engine.parallel.sequence import gather_kv
 
 
 class Attention(nn.Module):
-    """Projects, rotates, stores keys and values, attends: one all-reduce over the tensor axis.
+    """Projects, rotates, stores keys and values, attends: this rank's summand over the tensor axis.
 
     Where the batch is split, one all-gather over the sequence axis. Where queries and keys are
-    normalised at full width, two more all-reduces of a number a token.
+    normalised at full width, two all-reduces of a number a token over the tensor axis.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Attention(nn.Module):
         return y_TD
 
     def parts(self, norm: RmsNorm) -> AttentionParts | None:
-        """All of this after `norm`, up to the all-reduce, for `Kernels.fuse_attention`.
+        """All of this after `norm`, for `Kernels.fuse_attention`.
 
         None where something else stands in between: a norm over all heads, or keys and values
         from other ranks.

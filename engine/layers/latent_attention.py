@@ -55,7 +55,7 @@ class LatentProjections(ShardedModule):
 
 
 class LatentAttention(nn.Module):
-    """Projects, rotates, stores the latent vector, attends: one all-reduce over the tensor axis.
+    """Projects, rotates, stores the latent vector, attends: a summand over the tensor axis.
 
     The latent vector is computed on every rank of the axis; heads are split. Where the batch is
     split, one all-gather over the sequence axis.

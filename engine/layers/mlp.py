@@ -14,10 +14,9 @@ from engine.parallel.linear import GateUpLinear, RowParallelLinear, feature_span
 
 
 class Mlp(nn.Module):
-    """down(activation(gate(x)) * up(x)): one all-reduce over the tensor axis.
+    """This rank's summand of down(activation(gate(x)) * up(x)); no collectives.
 
-    Also an expert and a shared expert, with names and a width of its own; then `is_reduced` is
-    false and the result is this rank's summand.
+    Also an expert and a shared expert, with names and a width of its own.
     """
 
     def __init__(
@@ -31,7 +30,6 @@ class Mlp(nn.Module):
         kernels: Kernels,
         gate_up_names: tuple[str, ...],
         down_name: str = "down_proj",
-        is_reduced: bool = True,
     ) -> None:
         super().__init__()
         self.gate_up = GateUpLinear(
@@ -51,7 +49,6 @@ class Mlp(nn.Module):
             has_bias=has_bias,
             axis=axis,
             kernels=kernels,
-            is_reduced=is_reduced,
         )
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
@@ -59,7 +56,7 @@ class Mlp(nn.Module):
         return y_TD
 
     def parts(self, norm: RmsNorm) -> MlpParts | None:
-        """All of this after `norm`, up to the all-reduce, for `Kernels.fuse_mlp`.
+        """All of this after `norm`, for `Kernels.fuse_mlp`.
 
         None where the gate goes through another function than silu.
         """

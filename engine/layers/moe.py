@@ -24,8 +24,7 @@ class MoeMlp(nn.Module):
 
     Experts are spread over `axes.ep`, and the features of each over `axes.expert_tp`, which lies
     within a tensor group. The collectives are those of the exchange; with tokens here, also an
-    all-reduce over the sequence axis where its ranks hold the same tokens and share the experts,
-    and one over the tensor axis.
+    all-reduce over the sequence axis where its ranks hold the same tokens and share the experts.
     """
 
     def __init__(
@@ -41,7 +40,7 @@ class MoeMlp(nn.Module):
         """Build what stands on this rank; by default the experts are spread evenly."""
         super().__init__()
         block = f"{layer}.{experts.block}"
-        self._tp, self._sp = axes.tp, axes.sp
+        self._sp = axes.sp
         self._num_chosen = experts.num_chosen
         self._num_copies = axes.tp.size // axes.expert_tp.size
         """Ranks of the expert axis in one tensor group."""
@@ -66,7 +65,6 @@ class MoeMlp(nn.Module):
                 down_name=down_name,
                 axis=axes.expert_tp,
                 kernels=kernels,
-                is_reduced=False,
             )
             for index in self.load.experts
         )
@@ -75,7 +73,10 @@ class MoeMlp(nn.Module):
             self.shared = SharedExpert(config, experts, block=block, axis=axes.tp, kernels=kernels)
 
     def forward(self, x_TD: torch.Tensor, *, is_split: bool) -> torch.Tensor:
-        """Compute at least one token; `is_split` says that sequence ranks hold different ones."""
+        """This rank's summand over the tensor axis, of at least one token.
+
+        `is_split` says that sequence ranks hold different ones.
+        """
         is_alike = self._has_shared_sp and not is_split
         expert_TK, weight_TK = self.router(x_TD)
         num_copies = self._num_copies * (self._sp.size if is_alike else 1)
@@ -84,7 +85,7 @@ class MoeMlp(nn.Module):
             y_TD = self._sp.all_reduce(y_TD)
         if self.shared is not None:
             y_TD += self.shared(x_TD)
-        return self._tp.all_reduce(y_TD)
+        return y_TD
 
     def serve(self, like_TD: torch.Tensor) -> None:
         """Compute other ranks' tokens while there is none here; `like_TD` has the right type."""
@@ -159,7 +160,6 @@ class SharedExpert(nn.Module):
             gate_up_names=config.form.gate_up_names,
             axis=axis,
             kernels=kernels,
-            is_reduced=False,
         )
         self.gate: ColumnParallelLinear | None = None
         if experts.shared_gate is not None:

@@ -4,7 +4,7 @@ Shape suffixes: T tokens of this step, B sequences, D model dim, V vocabulary, A
 in the pool, J key then value, G KV heads, C slots in a block.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import Protocol
@@ -19,9 +19,11 @@ from engine.layers.moe import ExpertLoad, MoeMlp
 from engine.layers.norm import RmsNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.models.decoder_layer import DecoderLayer
+from engine.models.token_run import TokenRun, token_runs
 from engine.parallel.axes import ParallelAxes
 from engine.parallel.expert_placement import ExpertPlacement
 from engine.parallel.heads import head_split
+from engine.parallel.overlap import num_overlapped
 from engine.parallel.stages import stage_layers
 from engine.parallel.vocabulary import LmHead, VocabParallelEmbedding
 
@@ -70,6 +72,7 @@ class CausalLM(nn.Module):
             axes.interleave,
             is_for_prompts=axes.is_for_prompts,
         )
+        self._tp, self._data = axes.tp, axes.dp
         self.num_ranges = len(ranges)
         """How often a token comes through this rank."""
         self.stage_layers = tuple(index for layers in ranges for index in layers)
@@ -118,7 +121,7 @@ class CausalLM(nn.Module):
 
         Calls `kernels.begin_step`. Every rank of the tensor axis must call it with the same batch;
         the collectives are one all-reduce after the embedding and those of `DecoderLayer`, layer
-        after layer.
+        after layer, and in a layer half after half, and in a half part after part of the batch.
 
         Args:
             batch: the same on all stages; only the first looks at its token ids. Ranks of the
@@ -136,26 +139,48 @@ class CausalLM(nn.Module):
         """
         self.kernels.begin_step(batch)
         tables = self._rope.tables(batch)
-        local_tables = tables if self._local_rope is None else self._local_rope.tables(batch)
         if self.embedding is not None and range_index == 0:
             residual_TD = self._scaled(self.embedding(batch.token_T))
         assert residual_TD is not None, "the stage before hands its residual on"
-        added_TD: torch.Tensor | None = None
         fused = self._fused_ranges[range_index]
         if fused is not None and on_layer is None:
             kv_LPJGCA = [kv_pool.layer(place) for place, _ in self._ranges[range_index]]
             added_TD = fused(residual_TD, *tables, kv_LPJGCA)
         else:
+            local_tables = tables if self._local_rope is None else self._local_rope.tables(batch)
+            runs = token_runs(batch, residual_TD, tables, local_tables)
             for place, layer in self._ranges[range_index]:
-                cos_TA, sin_TA = local_tables if layer.has_local_rope else tables
-                kv_PJGCA = kv_pool.layer(place)
-                added_TD = layer(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA, batch)
+                for run in self._turns(runs):
+                    cos_TA, sin_TA = run.local_tables if layer.has_local_rope else run.tables
+                    run.add = layer.attend(
+                        run.add, run.residual_TD, cos_TA, sin_TA, kv_pool.layer(place), run.batch
+                    )
+                for run in self._turns(runs):
+                    assert run.add is not None
+                    run.add = layer.feed(run.add, run.residual_TD, run.batch)
                 if on_layer is not None:
                     on_layer(place)
-        assert added_TD is not None, "a range has layers"
+            added = [run.add() for run in runs if run.add is not None]
+            added_TD = added[0] if len(added) == 1 else torch.cat(added)
         if self.norm is None or range_index < self.num_ranges - 1:
             return residual_TD.add_(added_TD)
         return self.norm.add(added_TD, residual_TD)
+
+    def num_parts(self, num_tokens: int) -> int:
+        """Into how many `StepBatch.parts` a step is best cut; alike on all ranks of a stage.
+
+        Experts that are spread over data shards, and tokens that are split over ranks, have an
+        exchange of their own in each layer: it would have to be cut alike on all of them.
+        """
+        is_plain = self.sequence.size == 1 and self._data.size == 1
+        return num_overlapped(self._tp, num_tokens) if is_plain else 1
+
+    def _turns(self, runs: Sequence[TokenRun]) -> Iterator[TokenRun]:
+        """One run after the other, while what those before have begun to sum travels."""
+        for run in runs:
+            if len(runs) > 1:
+                self.kernels.begin_step(run.batch)
+            yield run
 
     @cached_property
     def _fused_ranges(self) -> tuple[FusedLayers | None, ...]:

@@ -4,6 +4,7 @@ Shape suffixes: T tokens of this step, D model dim, A one a rotated pair, P bloc
 J key then value, G KV heads, C slots in a block.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -20,11 +21,15 @@ from engine.layers.norm import RmsNorm
 from engine.parallel.axes import ParallelAxes
 from engine.parallel.expert_placement import ExpertPlacement
 
+Addition = Callable[[], torch.Tensor]
+"""Waits for what half a layer adds to the residual; to be called once."""
+
 
 class DecoderLayer(nn.Module):
-    """What a layer adds to the residual is handed on, so that the next norm adds it.
+    """Two halves, each of which begins to sum over the tensor axis what it adds to the residual.
 
-    The collectives are those of the attention, then those of `Mlp` or `MoeMlp`.
+    The sum is handed on, so that whoever needs it waits for it, and the next norm adds it. The
+    collectives of a half are those of its block, then one all-reduce.
     """
 
     def __init__(
@@ -93,22 +98,27 @@ class DecoderLayer(nn.Module):
             )
         self.norm_after_mlp = norm(form.norms.after_mlp)
 
-    def forward(
+    def attend(
         self,
-        added_TD: torch.Tensor | None,
+        add: Addition | None,
         residual_TD: torch.Tensor,
         cos_TA: torch.Tensor,
         sin_TA: torch.Tensor,
         kv_PJGCA: torch.Tensor,
         batch: StepBatch,
-    ) -> torch.Tensor:
-        """Take the residual and what is still to be added to it; returns what is to be added next.
+    ) -> Addition:
+        """The first half; `add` is what the layer before returned, None before the first layer.
 
-        `residual_TD` is changed in place. `added_TD` is None before the first layer.
+        `residual_TD` is changed in place. Keys and values are in the pool afterwards.
         """
-        attended_TD = self._attend(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA, batch)
-        attended_TD = self._leave(self.norm_after_attention, attended_TD)
-        return self._leave(self.norm_after_mlp, self._feed(attended_TD, residual_TD, batch))
+        added_TD = None if add is None else add()
+        y_TD = self._attend(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA, batch)
+        return self._begin_addition(y_TD, self.norm_after_attention)
+
+    def feed(self, add: Addition, residual_TD: torch.Tensor, batch: StepBatch) -> Addition:
+        """The second half, after `attend`, whose result `add` is."""
+        y_TD = self._feed(add(), residual_TD, batch)
+        return self._begin_addition(y_TD, self.norm_after_mlp)
 
     @cached_property
     def fused_attention(self) -> FusedAttention | None:
@@ -151,20 +161,19 @@ class DecoderLayer(nn.Module):
         kv_PJGCA: torch.Tensor,
         batch: StepBatch,
     ) -> torch.Tensor:
-        fused, attention = self.fused_attention, self.attention
-        if fused is not None and isinstance(attention, Attention):
-            y_TD = fused(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA)
-            return attention.output.reduced(y_TD)
+        fused = self.fused_attention
+        if fused is not None:
+            return fused(added_TD, residual_TD, cos_TA, sin_TA, kv_PJGCA)
         x_TD = add_and_norm(self.norm_before_attention, added_TD, residual_TD)
-        attended_TD: torch.Tensor = attention(x_TD, cos_TA, sin_TA, kv_PJGCA, batch)
+        attended_TD: torch.Tensor = self.attention(x_TD, cos_TA, sin_TA, kv_PJGCA, batch)
         return attended_TD
 
     def _feed(
         self, attended_TD: torch.Tensor, residual_TD: torch.Tensor, batch: StepBatch
     ) -> torch.Tensor:
         fused, mlp = self.fused_mlp, self.mlp
-        if fused is not None and isinstance(mlp, Mlp):
-            return mlp.down.reduced(fused(attended_TD, residual_TD))
+        if fused is not None:
+            return fused(attended_TD, residual_TD)
         x_TD = add_and_norm(self.norm_before_mlp, attended_TD, residual_TD)
         if isinstance(mlp, MoeMlp):
             y_TD: torch.Tensor = mlp(x_TD, is_split=batch.split is not None)
@@ -172,12 +181,19 @@ class DecoderLayer(nn.Module):
             y_TD = mlp(x_TD)
         return y_TD
 
-    def _leave(self, norm: RmsNorm | None, y_TD: torch.Tensor) -> torch.Tensor:
-        if norm is not None:
-            y_TD = norm(y_TD)
-        if self._residual_scale != 1.0:
-            y_TD = y_TD * self._residual_scale
-        return y_TD
+    def _begin_addition(self, y_TD: torch.Tensor, norm: RmsNorm | None) -> Addition:
+        """Sum this rank's summand with the others'."""
+        total = self._tp.begin_all_reduce(y_TD)
+
+        def addition() -> torch.Tensor:
+            sum_TD = total()
+            if norm is not None:
+                sum_TD = norm(sum_TD)
+            if self._residual_scale != 1.0:
+                sum_TD = sum_TD * self._residual_scale
+            return sum_TD
+
+        return addition
 
 
 def add_and_norm(

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +13,8 @@ from engine.parallel.layout import Axis, ParallelLayout
 from engine.parallel.traffic import Traffic
 
 _LENGTH_BYTES = 8
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,33 @@ class AxisGroup:
         x = x.contiguous()
         self._timed(x.nbytes, lambda to: to.all_reduce(x.view(-1)))
         return x
+
+    def begin_all_reduce(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start `all_reduce`; the function returned waits and gives the sum.
+
+        What the calling thread does in between hides the exchange, if the axis
+        `is_in_background`; `x` must not be touched meanwhile. Order is that of
+        `Collectives.begin_all_reduce`. Only what is waited for counts as traffic's time.
+        """
+        if self.size == 1:
+            return lambda: x
+        x = x.contiguous()
+        finish = self._timed(x.nbytes, lambda to: to.begin_all_reduce(x.view(-1)))
+
+        def total() -> torch.Tensor:
+            start_s = time.perf_counter()
+            try:
+                finish()
+            finally:
+                self.traffic.add_wait(time.perf_counter() - start_s)
+            return x
+
+        return total
+
+    @property
+    def is_in_background(self) -> bool:
+        """Sums that were begun travel while this rank computes."""
+        return self.size > 1 and self.collectives is not None and self.collectives.is_in_background
 
     def all_gather(
         self, x: torch.Tensor, dim: int = -1, sizes: Sequence[int] | None = None
@@ -173,11 +203,11 @@ class AxisGroup:
             raise ValueError(f"{what} ({full_size}) must divide by the axis size ({self.size})")
         return full_size // self.size
 
-    def _timed(self, num_bytes: int, call: Callable[[Collectives], None]) -> None:
+    def _timed(self, num_bytes: int, call: Callable[[Collectives], Result]) -> Result:
         assert self.collectives is not None, "this axis was made without collectives"
         start_s = time.perf_counter()
         try:
-            call(self.collectives)
+            return call(self.collectives)
         finally:
             self.traffic.add(time.perf_counter() - start_s, num_bytes)
 

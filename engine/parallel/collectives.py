@@ -1,6 +1,6 @@
 """What the ranks of one axis can do together; implementations differ by how bytes travel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -26,10 +26,21 @@ class Collectives(Protocol):
     name: str
     """How bytes travel: "shm", "gloo", "nccl"."""
 
+    is_in_background: bool
+    """What has begun goes on while the calling thread computes."""
+
     def all_reduce(self, x: torch.Tensor) -> None:
         """Sum over the ranks, in place: the same bits on every rank.
 
         float16 and bfloat16 are summed in float32 and rounded once.
+        """
+
+    def begin_all_reduce(self, x: torch.Tensor) -> Callable[[], None]:
+        """Start `all_reduce`; `x` has the sum once the function returned was called.
+
+        Until then `x` must not be touched. Other calls may come in between, the same on all ranks;
+        several that were begun are finished in the order they were begun in. Where
+        `is_in_background` is false this does all of it.
         """
 
     def all_gather(self, x: torch.Tensor, out: torch.Tensor, lengths: Sequence[int]) -> None:

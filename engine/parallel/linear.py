@@ -205,11 +205,11 @@ class GateUpLinear(ParallelLinear):
 
 
 class RowParallelLinear(ParallelLinear):
-    """y_TF = x_TD @ weight_FD.T with D split over the axis; one all-reduce restores y_TF.
+    """This rank's summand of y_TF = x_TD @ weight_FD.T, with D split over the axis.
 
     `span` is this rank's D. Megatron-LM (Shoeybi et al., 2019), section 3. The bias is read and
-    added on rank 0 only. Where `is_reduced` is false, y_TF is this rank's summand, and the caller
-    reduces.
+    added on rank 0 only. The all-reduce is the caller's: what else there is to do decides when it
+    waits for it.
     """
 
     def __init__(
@@ -222,7 +222,6 @@ class RowParallelLinear(ParallelLinear):
         has_bias: bool,
         axis: AxisGroup,
         kernels: Kernels,
-        is_reduced: bool = True,
     ) -> None:
         weight = ShardSpec(
             tensor=f"{name}.weight",
@@ -241,12 +240,3 @@ class RowParallelLinear(ParallelLinear):
         has_bias = has_bias and axis.rank == 0
         shards = (weight, bias) if has_bias else (weight,)
         super().__init__(len(span), out_features, shards, has_bias=has_bias, kernels=kernels)
-        self._axis = axis
-        self._is_reduced = is_reduced
-
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.reduced(super().forward(x_TD))
-
-    def reduced(self, y_TF: torch.Tensor) -> torch.Tensor:
-        """y_TF of all ranks from this rank's summand; may change it in place."""
-        return self._axis.all_reduce(y_TF) if self._is_reduced else y_TF

@@ -8,7 +8,8 @@ class TrafficReport:
     """Collectives of one step, all axes together."""
 
     seconds: float = 0.0
-    """From call to return: waiting for slower ranks is part of it."""
+    """That a rank spent in them: from call to return, waiting for slower ranks included. Of what
+    travels while the rank computes only starting it and waiting for it."""
     num_bytes: int = 0
     """Bytes handed in or got back by this rank, whichever is more, of each call."""
     num_calls: int = 0
@@ -28,6 +29,10 @@ class Traffic:
         self._seconds += seconds
         self._num_bytes += num_bytes
         self._num_calls += 1
+
+    def add_wait(self, seconds: float) -> None:
+        """For the end of a call that was counted when it began."""
+        self._seconds += seconds
 
     def take(self) -> TrafficReport:
         """What came together since the last call, and start from zero."""

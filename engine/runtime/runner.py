@@ -17,7 +17,7 @@ from engine.kv_cache.pool import KvPool
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import AxisGroup
 from engine.runtime.rank_message import ExpertTokens
-from engine.scheduling.micro_batch import pass_order
+from engine.scheduling.micro_batch import cut_into_micro_batches, pass_order
 from engine.scheduling.sequence_split import sequence_shares
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
@@ -177,6 +177,10 @@ class ModelRunner:
         batch = step_batch(plan, block_size, self._device, num_threads)
         if shares is not None:
             batch = replace(batch, split=_sequence_split(shares, block_size, self._device))
+        elif (num_parts := self.model.num_parts(plan.num_tokens)) > 1:
+            parts = cut_into_micro_batches(plan, num_parts)
+            batches = (step_batch(part, block_size, self._device, num_threads) for part in parts)
+            batch = replace(batch, parts=tuple(batches))
         return plan, batch
 
     def _logits(self, hidden_TD: torch.Tensor, plan: StepPlan, batch: StepBatch) -> torch.Tensor:

@@ -19,7 +19,7 @@ from engine.kernels import choose_kernels
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.pool import KvPool
 from engine.models.build import load_model
-from engine.parallel import CollectivesConfig, RankGroup
+from engine.parallel import CollectivesConfig, RankGroup, overlap
 from engine.runtime.runner import ModelRunner
 from engine.scheduling.micro_batch import cut_into_micro_batches
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
@@ -240,7 +240,11 @@ def compute(group: RankGroup, path: str, dtype: str = "float32") -> dict[str, An
     logits += [steps.last_logits((1, *step)) for step in after]
     answer = steps.greedy(0, PROMPT, NUM_GREEDY)
     steps.close()
-    return {"logits": torch.cat(logits) if logits[0].numel() else None, "answer": answer}
+    return {
+        "logits": torch.cat(logits) if logits[0].numel() else None,
+        "answer": answer,
+        "max_num_parts": steps.runner.model.num_parts(len(PROMPT) // steps.num_micro_batches),
+    }
 
 
 def expected_of(path: Path) -> tuple[torch.Tensor, list[int]]:
@@ -308,6 +312,48 @@ def test_ranks_of_several_hosts_equal_transformers(
     found = run_ranks(layout, compute, str(path), config=TCP)
     assert all(rank["answer"] == answer for rank in found)
     assert_logits_near(found, expected)
+
+
+def compute_each_in_turns(
+    group: RankGroup, paths: Sequence[str], dtype: str
+) -> list[dict[str, Any]]:
+    """With steps of a few tokens cut in parts that take turns."""
+    overlap.MIN_PART_TOKENS = 6  # of this process alone
+    return [compute(group, path, dtype) for path in paths]
+
+
+TURNS = {
+    "tp=2": ("llama-uneven", "gemma3", "olmo2", "granite", "qwen2-moe", "deepseek-v3"),
+    "tp=3": ("llama-uneven",),
+    "tp=2,pp=2": ("llama", "mistral-window"),
+    "tp=2,ep=2": ("mixtral",),
+}
+
+
+@pytest.mark.parametrize("layout", TURNS)
+def test_sums_that_travel_while_other_tokens_are_computed_equal_transformers(
+    layout: str, checkpoints: dict[str, Any]
+) -> None:
+    cases = [checkpoint_of(name, checkpoints) for name in TURNS[layout]]
+    paths = [str(path) for path, _, _ in cases]
+    found = run_ranks(layout, compute_each_in_turns, paths, "float32", config=TCP)
+    for index, (name, (_, expected, answer)) in enumerate(zip(TURNS[layout], cases, strict=True)):
+        ranks = [rank[index] for rank in found]
+        assert all(rank["answer"] == answer for rank in ranks), name
+        assert all(rank["max_num_parts"] == 2 for rank in ranks), name
+        assert_logits_near(ranks, expected, name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_neither_hosts_nor_turns_change_a_bit(dtype: str, checkpoints: dict[str, Any]) -> None:
+    """Two ranks add up in rank order however the summands travel, whatever goes on meanwhile."""
+    path, _, _ = checkpoint_of("llama-uneven", checkpoints)
+    by_memory = run_ranks("tp=2", compute, str(path), dtype)
+    in_turns = run_ranks("tp=2", compute_each_in_turns, [str(path)], dtype, config=TCP)
+    assert by_memory[0]["max_num_parts"] == 1
+    assert in_turns[0][0]["max_num_parts"] == 2
+    assert torch.equal(in_turns[0][0]["logits"], by_memory[0]["logits"])
+    assert in_turns[0][0]["answer"] == by_memory[0]["answer"]
 
 
 def assert_logits_near(found: list[dict[str, Any]], expected: torch.Tensor, name: str = "") -> None:
