@@ -1,4 +1,7 @@
-"""Collectives over torch.distributed's process groups: gloo between hosts, NCCL on CUDA."""
+"""Collectives over torch.distributed's process groups: gloo between hosts, NCCL on CUDA.
+
+Between hosts sums go through connections of their own: gloo wakes up two threads for each.
+"""
 
 import queue
 import threading
@@ -7,27 +10,27 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 
 import torch
 from torch._C._distributed_c10d import AllreduceOptions, BroadcastOptions, ProcessGroup, Work
 
 from engine.parallel.outbox import FLUSH_S
+from engine.parallel.rank_links import Exchange, OtherSizeError, RankLinks
 from engine.parallel.store_watch import STALE_S, StoreWatch
 from engine.parallel.verdict import Verdict, VerdictKind
 
 _WIDENED = frozenset({torch.float16, torch.bfloat16})
 _FOREVER_S = 10.0 * 365 * 86400
 _SLICE_S = 0.05
-_GATHERED_BYTES = 8
-"""Items of so many bytes, on all ranks together, are gathered and added up on each: two float32 or
-four 16-bit numbers. Of more gloo's ring sends less: 2 (n - 1) / n in float32 for n - 1 as they are.
-"""
+_GATHERED_BYTES = 64 * 1024
+"""More than two ranks share out the sum of more: two exchanges, of fewer bytes."""
 _LATE = "Timed out"
 """Stands in gloo's error when its own time-out is over."""
 _GRACE_S = 1.0
 """The process group's own time-out comes first; this is for when it does not."""
 
-Begin = Callable[[], Work]
+Begin = Callable[[], Work | Exchange]
 
 
 class ProcessGroupCollectives:
@@ -50,14 +53,20 @@ class ProcessGroupCollectives:
         title: str,
         device: torch.device,
         timeout_s: float,
+        links: RankLinks | None = None,
     ) -> None:
-        """`ranks` and `rank` are global; `title` names the group in errors."""
+        """`ranks` and `rank` are global; `title` names the group in errors.
+
+        Sums go through `links`, which are closed with this; on CUDA there are none.
+        """
         self.name = name
         self._group = group
         self._ranks = tuple(ranks)
         self._global_rank = rank
         self._rank = self._ranks.index(rank)
         self._size = len(ranks)
+        self._others = [index for index in range(self._size) if index != self._rank]
+        self._links = links
         self._watch = watch
         self._title = title
         self._device = device
@@ -72,34 +81,52 @@ class ProcessGroupCollectives:
     def begin_all_reduce(self, x: torch.Tensor) -> Callable[[], None]:
         if x.numel() == 0:
             return lambda: None
-        is_few_bytes = self._size * x.element_size() <= _GATHERED_BYTES
-        if is_few_bytes and self._device.type == "cpu":
-            return self._begin_gathered_sum(x)
-        return self._begin_sum(x)
+        if self._links is None:
+            return self._begin_group_sum(x)
+        if self._size == 2 or x.nbytes <= _GATHERED_BYTES:
+            return self._begin_gathered_sum(x, self._links)
+        return self._begin_shared_sum(x, self._links)
 
-    def _begin_gathered_sum(self, x: torch.Tensor) -> Callable[[], None]:
-        """Every rank gets all summands and adds them up in rank order."""
-        parts = x.new_empty(self._size, x.numel())
-        received = [[part.view(torch.uint8) for part in parts]]
-        sent = [x.view(torch.uint8)]
-        finish = self._begin("all_reduce", lambda: self._group.allgather(received, sent))
-
-        def finish_all_reduce() -> None:
-            finish()
-            _add_up(parts, x)
-
-        return finish_all_reduce
-
-    def _begin_sum(self, x: torch.Tensor) -> Callable[[], None]:
+    def _begin_group_sum(self, x: torch.Tensor) -> Callable[[], None]:
+        """The process group adds up."""
         wide = x.float() if x.dtype in _WIDENED else x
-        finish = self._begin(
-            "all_reduce", lambda: self._group.allreduce([wide], AllreduceOptions())
-        )
+        options = AllreduceOptions()
+        finish = self._begin("all_reduce", lambda: self._group.allreduce([wide], options))
 
         def finish_all_reduce() -> None:
             finish()
             if wide is not x:
                 x.copy_(wide)
+
+        return finish_all_reduce
+
+    def _begin_gathered_sum(self, x: torch.Tensor, links: RankLinks) -> Callable[[], None]:
+        """Every rank sends all of `x` to all others and adds up what comes."""
+        others = {index: torch.empty_like(x) for index in self._others}
+        sends = dict.fromkeys(self._others, x)
+        finish = self._begin("all_reduce", lambda: links.begin(sends, others))
+
+        def finish_all_reduce() -> None:
+            finish()
+            _add_up([others.get(index, x) for index in range(self._size)], x)
+
+        return finish_all_reduce
+
+    def _begin_shared_sum(self, x: torch.Tensor, links: RankLinks) -> Callable[[], None]:
+        """Every rank adds up a share, and all send their shares to all others."""
+        borders = [x.numel() * index // self._size for index in range(self._size + 1)]
+        shares = [x[start:end] for start, end in pairwise(borders)]
+        own = shares[self._rank]
+        others = {index: torch.empty_like(own) for index in self._others}
+        sends = {index: shares[index] for index in self._others}
+        finish = self._begin("all_reduce", lambda: links.begin(sends, others))
+
+        def finish_all_reduce() -> None:
+            finish()
+            _add_up([others.get(index, own) for index in range(self._size)], own)
+            self._begin(
+                "all_reduce", lambda: links.begin(dict.fromkeys(self._others, own), sends)
+            )()
 
         return finish_all_reduce
 
@@ -123,7 +150,7 @@ class ProcessGroupCollectives:
         own = lengths[self._rank]
         parts = x.new_empty(self._size, own)
         self._exchange("reduce_scatter", x, parts.view(-1), lengths, [own] * self._size)
-        _add_up(parts, out)
+        _add_up(list(parts), out)
 
     def all_to_all(
         self,
@@ -183,6 +210,8 @@ class ProcessGroupCollectives:
                 sent.is_over.wait(max(0.0, end_s - time.monotonic()))
         for helper in self._helpers.values():
             helper.put(None)  # one that is stuck goes with the process
+        if self._links is not None:
+            self._links.close()
 
     def _exchange(
         self,
@@ -256,7 +285,12 @@ class ProcessGroupCollectives:
         """Turn what torch raises into the verdict on one of `ranks`."""
         try:
             yield
-        except (RuntimeError, TimeoutError) as error:  # torch's own have no common class beneath
+        except OtherSizeError as error:
+            reason = f"{operation}: rank {self._ranks[error.index]} is in another call: {error}"
+            self._watch.post(Verdict(VerdictKind.ABORTED, self._global_rank, reason))
+            verdict = self._verdict_on(error, ranks)
+            raise verdict.error(operation, self._timeout_s) from error
+        except (RuntimeError, OSError) as error:  # torch's own have no common class beneath
             verdict = self._verdict_on(error, ranks)
             raise verdict.error(operation, self._timeout_s) from error
 
@@ -290,12 +324,12 @@ class ProcessGroupCollectives:
         return helper
 
 
-def _add_up(parts: torch.Tensor, out: torch.Tensor) -> None:
-    """Sum rows in rank order; 16-bit numbers in float32, rounded once."""
+def _add_up(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+    """Sum in rank order; 16-bit numbers in float32, rounded once. `out` may be one of them."""
     if len(parts) == 2:
         torch.add(parts[0], parts[1], out=out)  # torch adds in float32, too
         return
-    total = parts[0].float() if parts.dtype in _WIDENED else parts[0]
+    total = parts[0].float() if out.dtype in _WIDENED else parts[0]
     for part in parts[1:]:
         total = total + part
     out.copy_(total)
@@ -311,8 +345,10 @@ class _Transfer:
         helper.put(self)
 
 
-def _is_over(work: Work | _Transfer) -> bool:
+def _is_over(work: Work | Exchange | _Transfer) -> bool:
     """Wait for a slice of time; raises what the operation failed with."""
+    if isinstance(work, Exchange):
+        return work.is_over(_SLICE_S)
     if isinstance(work, _Transfer):
         is_over = work.is_over.wait(_SLICE_S)
         if work.error is not None:
@@ -333,7 +369,10 @@ _Helper = queue.SimpleQueue[_Transfer | None]
 def _carry(transfers: _Helper) -> None:
     while transfer := transfers.get():
         try:
-            transfer.begin().wait()
+            work = transfer.begin()
+            assert isinstance(work, Work), "of the process group"
+            work.wait()
+            del work
         except RuntimeError as error:
             transfer.error = error
         transfer.is_over.set()

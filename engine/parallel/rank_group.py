@@ -15,6 +15,7 @@ from engine.parallel.environment import RankEnvironment
 from engine.parallel.host import SharedHost, share_host
 from engine.parallel.layout import Axis, ParallelLayout
 from engine.parallel.process_group import ProcessGroupCollectives
+from engine.parallel.rank_links import RankLinks, open_links
 from engine.parallel.store_watch import StoreWatch
 from engine.parallel.traffic import Traffic
 from engine.parallel.verdict import Verdict, VerdictKind
@@ -144,19 +145,20 @@ def join_group(
         )
     store = environment.open_store(config.join_timeout_s)
     keeper = None if environment.is_store_elsewhere else 0
-    group = _joined(layout, environment.rank, store, keeper, config, device)
+    group = _joined(layout, environment, store, keeper, config, device)
     group.axes.world.barrier()  # nobody leaves, and takes the store along, before all are there
     return group
 
 
 def _joined(
     layout: ParallelLayout,
-    rank: int,
+    environment: RankEnvironment,
     store: Store,
     keeper: int | None,
     config: CollectivesConfig,
     device: torch.device,
 ) -> RankGroup:
+    rank = environment.rank
     host = share_host(store, layout, rank, config) if config.has_shared_memory else None
     watch: StoreWatch | None = None
     collectives: dict[Axis, Collectives] = {}
@@ -179,6 +181,15 @@ def _joined(
         ranks = layout.group(axis, rank)
         group_store = PrefixStore(f"{axis.value}/{ranks[0]}", store)
         timeout = timedelta(seconds=config.collective_timeout_s)
+        links: RankLinks | None = None
+        if is_host_memory:
+            links = open_links(
+                group_store,
+                ranks.index(rank),
+                len(ranks),
+                own_address=environment.own_address(),
+                timeout_s=config.join_timeout_s,
+            )
         open_group = _gloo if is_host_memory else _nccl
         collectives[axis] = ProcessGroupCollectives(
             "gloo" if is_host_memory else "nccl",
@@ -189,6 +200,7 @@ def _joined(
             title=axis.value,
             device=torch.device("cpu") if is_host_memory else device,
             timeout_s=config.collective_timeout_s,
+            links=links,
         )
     return RankGroup(layout, rank, collectives, config=config, store=store, host=host, watch=watch)
 
