@@ -23,8 +23,8 @@ from benchmarks.ranks.processes import text_table
 from engine.parallel import ParallelLayout
 from engine.scheduling.micro_batch import bubble_share
 
-FORMAT = "isthmus-parallel-2"
-TABLES = ("collectives", "layouts", "pipeline", "sequence", "experts")
+FORMAT = "isthmus-parallel-3"
+TABLES = ("collectives", "layouts", "overlap", "pipeline", "sequence", "experts")
 LAYOUTS = ("1", "tp=2", "pp=2", "pp=2,interleave=2", "sp=2", "tp=3", "tp=2,pp=2")
 PIPELINES = ("pp=2", "pp=2,interleave=2", "pp=3")
 MICRO_BATCHES = (1, 2, 4, 8)
@@ -56,6 +56,7 @@ class Outcome:
     format: str = FORMAT
     collectives: list[CollectiveRow] = field(default_factory=list)
     layouts: list[LoadRow] = field(default_factory=list)
+    overlap: list[LoadRow] = field(default_factory=list)
     pipeline: list[PipelineRow] = field(default_factory=list)
     sequence: list[LoadRow] = field(default_factory=list)
     experts: dict[str, list[LoadRow]] = field(default_factory=dict)
@@ -93,6 +94,31 @@ def measure_layouts(model: str, device: str, *, is_quick: bool) -> list[LoadRow]
             )
         )
     ]
+
+
+def measure_overlap(model: str, device: str, *, is_quick: bool) -> list[LoadRow]:
+    """Tensor parallelism as on one host, and as on two with and without overlap."""
+    alone, *ways = [
+        LoadsTask(
+            model=model,
+            layout=layout,
+            dtype="auto",
+            device=device,
+            loads=loads(is_quick=is_quick)[::3],
+            has_shared_memory=has_shared_memory,
+            is_overlapped=is_overlapped,
+            is_for_prompts=True,
+        )
+        for layout, has_shared_memory, is_overlapped in (
+            ("1", True, True),
+            ("tp=2", True, True),
+            ("tp=2", False, False),
+            ("tp=2", False, True),
+        )
+    ]
+    if not _with_a_device(["tp=2"], device):
+        ways = []
+    return [row for task in (alone, *ways) for row in measure_loads(task)]
 
 
 def measure_pipeline(folder: Path, device: str, *, is_quick: bool) -> list[PipelineRow]:
@@ -178,7 +204,8 @@ def layouts_table(rows: Sequence[LoadRow], num_cores: int) -> str:
     lines = [
         [
             f"{load}, {row.layout}{_crowded(row.layout, num_cores)}"
-            + ("" if row.has_shared_memory else " over TCP"),
+            + ("" if row.has_shared_memory else " over TCP")
+            + ("" if row.is_overlapped else ", not overlapped"),
             row.threads_per_rank,
             f"{row.median_ms:.1f}",
             f"{row.tokens_per_s:.0f}",
@@ -237,6 +264,8 @@ def report(outcome: Outcome) -> str:
         blocks.append(f"{num_ranks} ranks\n{collectives_table(outcome.collectives)}")
     if outcome.layouts:
         blocks.append(layouts_table(outcome.layouts, num_cores))
+    if outcome.overlap:
+        blocks.append(layouts_table(outcome.overlap, num_cores))
     if outcome.pipeline:
         blocks.append(pipeline_table(outcome.pipeline))
     if outcome.sequence:
@@ -269,6 +298,8 @@ def main(arguments: Sequence[str]) -> int:
             outcome.collectives = measure_collectives(options.ranks, device, is_quick=is_quick)
         if "layouts" in tables:
             outcome.layouts = measure_layouts(_model(options.model), device, is_quick=is_quick)
+        if "overlap" in tables:
+            outcome.overlap = measure_overlap(_model(options.model), device, is_quick=is_quick)
         if "pipeline" in tables:
             outcome.pipeline = measure_pipeline(folder, device, is_quick=is_quick)
         if "sequence" in tables:

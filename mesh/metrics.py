@@ -34,7 +34,11 @@ _RANK_COUNTERS = (
     ("isthmus_rank_steps", "Steps that a rank took part in.", "num_steps"),
     ("isthmus_rank_step_seconds", "Time of a rank from a plan to its last result.", "step_s"),
     ("isthmus_rank_busy_seconds", "Of it, not waiting for another pipeline stage.", "busy_s"),
-    ("isthmus_rank_communication_seconds", "Of it, in collectives.", "communication_s"),
+    (
+        "isthmus_rank_communication_seconds",
+        "Of it, in collectives; not while a sum travels beside computing.",
+        "communication_s",
+    ),
     ("isthmus_rank_communication_bytes", "Bytes that collectives moved.", "communication_bytes"),
 )
 
@@ -68,7 +72,7 @@ class RankCollector(Collector):
         communication_s = sum(each.communication_s for each in times)
         yield GaugeMetricFamily(
             "isthmus_rank_communication_share",
-            "Part of all ranks' step time spent in collectives.",
+            "Part of all ranks' step time spent in collectives, not what travels beside computing.",
             value=communication_s / step_s if step_s else 0.0,
         )
         yield GaugeMetricFamily(

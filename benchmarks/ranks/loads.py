@@ -5,6 +5,7 @@ The worker is the real one (scheduler, plans to the other ranks, sampling) witho
 
 import random
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 
 from benchmarks.ranks.processes import device_of_rank, run_on_ranks, take_own_cores
 from engine.config import CollectivesConfig, EngineConfig
-from engine.parallel import ParallelLayout, RankEnvironment, join_group
+from engine.parallel import ParallelLayout, RankEnvironment, join_group, overlap
 from engine.request import Request, SamplingParams
 from engine.runtime.build import ModelEngine, build_engine, build_follower
 from engine.runtime.commands import ErrorEvent, SequenceMode
@@ -51,6 +52,7 @@ class LoadRow:
     threads_per_rank: int
     load: str
     has_shared_memory: bool
+    is_overlapped: bool
     num_micro_batches: int | None
     """None: as the worker chose."""
     median_ms: float
@@ -77,10 +79,14 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     num_micro_batches: int | None = None
     has_shared_memory: bool = True
     """False: as ranks of several hosts."""
+    is_overlapped: bool = True
+    """False: a rank waits for each exchange, also where it could compute meanwhile."""
     is_for_prompts: bool = False
     """Stages are cut as in a prefill worker."""
 
     def run(self, place: RankEnvironment) -> list[LoadRow]:
+        if not self.is_overlapped:
+            overlap.MIN_PART_TOKENS = sys.maxsize  # of this process alone
         layout = ParallelLayout.parse(self.layout)
         device = device_of_rank(self.device, place.local_rank)
         num_threads = take_own_cores(place.rank, layout.num_ranks)
@@ -150,6 +156,7 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
             threads_per_rank=num_threads,
             load=load.name,
             has_shared_memory=self.has_shared_memory,
+            is_overlapped=self.is_overlapped,
             num_micro_batches=self.num_micro_batches,
             median_ms=median_s * 1e3,
             tokens_per_s=tokens / median_s,
