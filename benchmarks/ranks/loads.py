@@ -108,7 +108,7 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
         with join_group(layout, place, config=collectives, device=device) as group:
             membership: Membership | None = None
             if layout.num_ranks > 1:
-                membership = connect_ranks(group, collectives, host="127.0.0.1")
+                membership = connect_ranks(group, collectives, host=place.master_address)
             if membership is not None and membership.leader is not None:
                 follower = build_follower(
                     path,

@@ -1,7 +1,4 @@
-"""Collectives over torch.distributed's process groups: gloo between hosts, NCCL on CUDA.
-
-Between hosts sums go through connections of their own: gloo wakes up two threads for each.
-"""
+"""Collectives over torch.distributed's process groups: gloo between hosts, NCCL on CUDA."""
 
 import queue
 import threading
@@ -10,21 +7,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import pairwise
 
 import torch
 from torch._C._distributed_c10d import AllreduceOptions, BroadcastOptions, ProcessGroup, Work
 
 from engine.parallel.outbox import FLUSH_S
-from engine.parallel.rank_links import Exchange, OtherSizeError, RankLinks
+from engine.parallel.rank_links import Exchange, OtherCallError
 from engine.parallel.store_watch import STALE_S, StoreWatch
 from engine.parallel.verdict import Verdict, VerdictKind
 
-_WIDENED = frozenset({torch.float16, torch.bfloat16})
+WIDENED = frozenset({torch.float16, torch.bfloat16})
 _FOREVER_S = 10.0 * 365 * 86400
 _SLICE_S = 0.05
-_GATHERED_BYTES = 64 * 1024
-"""More than two ranks share out the sum of more: two exchanges, of fewer bytes."""
 _LATE = "Timed out"
 """Stands in gloo's error when its own time-out is over."""
 _GRACE_S = 1.0
@@ -53,20 +47,14 @@ class ProcessGroupCollectives:
         title: str,
         device: torch.device,
         timeout_s: float,
-        links: RankLinks | None = None,
     ) -> None:
-        """`ranks` and `rank` are global; `title` names the group in errors.
-
-        Sums go through `links`, which are closed with this; on CUDA there are none.
-        """
+        """`ranks` and `rank` are global; `title` names the group in errors."""
         self.name = name
         self._group = group
         self._ranks = tuple(ranks)
         self._global_rank = rank
         self._rank = self._ranks.index(rank)
         self._size = len(ranks)
-        self._others = [index for index in range(self._size) if index != self._rank]
-        self._links = links
         self._watch = watch
         self._title = title
         self._device = device
@@ -81,15 +69,7 @@ class ProcessGroupCollectives:
     def begin_all_reduce(self, x: torch.Tensor) -> Callable[[], None]:
         if x.numel() == 0:
             return lambda: None
-        if self._links is None:
-            return self._begin_group_sum(x)
-        if self._size == 2 or x.nbytes <= _GATHERED_BYTES:
-            return self._begin_gathered_sum(x, self._links)
-        return self._begin_shared_sum(x, self._links)
-
-    def _begin_group_sum(self, x: torch.Tensor) -> Callable[[], None]:
-        """The process group adds up."""
-        wide = x.float() if x.dtype in _WIDENED else x
+        wide = x.float() if x.dtype in WIDENED else x
         options = AllreduceOptions()
         finish = self._begin("all_reduce", lambda: self._group.allreduce([wide], options))
 
@@ -97,36 +77,6 @@ class ProcessGroupCollectives:
             finish()
             if wide is not x:
                 x.copy_(wide)
-
-        return finish_all_reduce
-
-    def _begin_gathered_sum(self, x: torch.Tensor, links: RankLinks) -> Callable[[], None]:
-        """Every rank sends all of `x` to all others and adds up what comes."""
-        others = {index: torch.empty_like(x) for index in self._others}
-        sends = dict.fromkeys(self._others, x)
-        finish = self._begin("all_reduce", lambda: links.begin(sends, others))
-
-        def finish_all_reduce() -> None:
-            finish()
-            _add_up([others.get(index, x) for index in range(self._size)], x)
-
-        return finish_all_reduce
-
-    def _begin_shared_sum(self, x: torch.Tensor, links: RankLinks) -> Callable[[], None]:
-        """Every rank adds up a share, and all send their shares to all others."""
-        borders = [x.numel() * index // self._size for index in range(self._size + 1)]
-        shares = [x[start:end] for start, end in pairwise(borders)]
-        own = shares[self._rank]
-        others = {index: torch.empty_like(own) for index in self._others}
-        sends = {index: shares[index] for index in self._others}
-        finish = self._begin("all_reduce", lambda: links.begin(sends, others))
-
-        def finish_all_reduce() -> None:
-            finish()
-            _add_up([others.get(index, own) for index in range(self._size)], own)
-            self._begin(
-                "all_reduce", lambda: links.begin(dict.fromkeys(self._others, own), sends)
-            )()
 
         return finish_all_reduce
 
@@ -138,19 +88,17 @@ class ProcessGroupCollectives:
         if x.numel() < longest:
             padded = x.new_zeros(longest)
             padded[: x.numel()] = x
-        parts = x.new_empty(self._size, longest)
-        outputs = [[part.view(torch.uint8) for part in parts]]
+        found = x.new_empty(self._size, longest)
+        outputs = [[each.view(torch.uint8) for each in found]]
         self._do("all_gather", lambda: self._group.allgather(outputs, [padded.view(torch.uint8)]))
-        start = 0
-        for part, length in zip(parts, lengths, strict=True):
-            out[start : start + length] = part[:length]
-            start += length
+        for part, each in zip(out.split(list(lengths)), found, strict=True):
+            part.copy_(each[: len(part)])
 
     def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor, lengths: Sequence[int]) -> None:
         own = lengths[self._rank]
         parts = x.new_empty(self._size, own)
         self._exchange("reduce_scatter", x, parts.view(-1), lengths, [own] * self._size)
-        _add_up(list(parts), out)
+        add_up(list(parts), out)
 
     def all_to_all(
         self,
@@ -210,8 +158,6 @@ class ProcessGroupCollectives:
                 sent.is_over.wait(max(0.0, end_s - time.monotonic()))
         for helper in self._helpers.values():
             helper.put(None)  # one that is stuck goes with the process
-        if self._links is not None:
-            self._links.close()
 
     def _exchange(
         self,
@@ -285,7 +231,7 @@ class ProcessGroupCollectives:
         """Turn what torch raises into the verdict on one of `ranks`."""
         try:
             yield
-        except OtherSizeError as error:
+        except OtherCallError as error:
             reason = f"{operation}: rank {self._ranks[error.index]} is in another call: {error}"
             self._watch.post(Verdict(VerdictKind.ABORTED, self._global_rank, reason))
             verdict = self._verdict_on(error, ranks)
@@ -324,12 +270,12 @@ class ProcessGroupCollectives:
         return helper
 
 
-def _add_up(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+def add_up(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
     """Sum in rank order; 16-bit numbers in float32, rounded once. `out` may be one of them."""
     if len(parts) == 2:
         torch.add(parts[0], parts[1], out=out)  # torch adds in float32, too
         return
-    total = parts[0].float() if out.dtype in _WIDENED else parts[0]
+    total = parts[0].float() if out.dtype in WIDENED else parts[0]
     for part in parts[1:]:
         total = total + part
     out.copy_(total)

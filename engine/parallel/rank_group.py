@@ -14,8 +14,9 @@ from engine.parallel.collectives import Collectives, CollectivesConfig
 from engine.parallel.environment import RankEnvironment
 from engine.parallel.host import SharedHost, share_host
 from engine.parallel.layout import Axis, ParallelLayout
+from engine.parallel.linked_collectives import LinkedCollectives
 from engine.parallel.process_group import ProcessGroupCollectives
-from engine.parallel.rank_links import RankLinks, open_links
+from engine.parallel.rank_links import open_links
 from engine.parallel.store_watch import StoreWatch
 from engine.parallel.traffic import Traffic
 from engine.parallel.verdict import Verdict, VerdictKind
@@ -180,28 +181,31 @@ def _joined(
             )
         ranks = layout.group(axis, rank)
         group_store = PrefixStore(f"{axis.value}/{ranks[0]}", store)
-        timeout = timedelta(seconds=config.collective_timeout_s)
-        links: RankLinks | None = None
+        timeout_s, index = config.collective_timeout_s, ranks.index(rank)
+        parts = (group_store, index, len(ranks), timedelta(seconds=timeout_s))
+        title = axis.value
         if is_host_memory:
             links = open_links(
                 group_store,
-                ranks.index(rank),
+                index,
                 len(ranks),
                 own_address=environment.own_address(),
                 timeout_s=config.join_timeout_s,
             )
-        open_group = _gloo if is_host_memory else _nccl
-        collectives[axis] = ProcessGroupCollectives(
-            "gloo" if is_host_memory else "nccl",
-            open_group(group_store, ranks.index(rank), len(ranks), timeout),
-            ranks,
-            rank,
-            watch,
-            title=axis.value,
-            device=torch.device("cpu") if is_host_memory else device,
-            timeout_s=config.collective_timeout_s,
-            links=links,
-        )
+            collectives[axis] = LinkedCollectives(
+                _gloo(*parts), links, ranks, rank, watch, title=title, timeout_s=timeout_s
+            )
+        else:
+            collectives[axis] = ProcessGroupCollectives(
+                "nccl",
+                _nccl(*parts),
+                ranks,
+                rank,
+                watch,
+                title=title,
+                device=device,
+                timeout_s=timeout_s,
+            )
     return RankGroup(layout, rank, collectives, config=config, store=store, host=host, watch=watch)
 
 

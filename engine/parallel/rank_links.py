@@ -1,8 +1,8 @@
 """TCP connections among the ranks of a group that are not all on one host.
 
 What is sent lies in the kernel's buffers and travels while the rank computes: no thread has to wake
-up for it. Each message says its size, which the receiver knows already: ranks that call different
-things are found out.
+up for it. Each message says what it is of and its size, which the receiver knows already: ranks
+that call different things are found out.
 """
 
 import hmac
@@ -12,6 +12,7 @@ import select
 import socket
 import struct
 import time
+import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +21,7 @@ from torch._C._distributed_c10d import Store
 
 from engine.errors import CollectiveTimeoutError
 
-_HEAD = struct.Struct("<Q")
+_HEAD = struct.Struct("<IQ")
 _HELLO = struct.Struct("<I32s")
 _HELLO_TIMEOUT_S = 5.0
 """A stranger that connects and says nothing holds up the start no longer than this."""
@@ -28,8 +29,8 @@ _MAX_VIEWS = 16
 """Handed to the kernel at once."""
 
 
-class OtherSizeError(RuntimeError):
-    """A rank sends another number of bytes than this one expects: it is in another call."""
+class OtherCallError(RuntimeError):
+    """A rank sends something else, or another number of bytes, than this one expects."""
 
     def __init__(self, index: int, text: str) -> None:
         super().__init__(text)
@@ -44,20 +45,21 @@ class RankLinks:
         self._links = {index: _Link(index, each) for index, each in connections.items()}
 
     def begin(
-        self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]
+        self, what: str, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor]
     ) -> "Exchange":
         """Send to ranks and receive from them; the tensors must not be touched until it is over.
 
         Args:
+            what: all ranks must say the same.
             sends: flat tensors by position in the group.
             receives: the same; they are of the size that the other rank sends.
         """
-        links = []
+        links, kind = [], zlib.crc32(what.encode())
         for index, link in self._links.items():
             if index in sends:
-                link.send(sends[index])
+                link.send(kind, sends[index])
             if index in receives:
-                link.receive(receives[index])
+                link.receive(kind, receives[index])
             if index in sends or index in receives:
                 links.append((link, link.num_to_send, link.num_to_receive))
                 link.go_on()
@@ -80,7 +82,7 @@ class Exchange:
 
         Raises:
             OSError: a connection is lost.
-            OtherSizeError: a rank sends something else.
+            OtherCallError: a rank sends something else.
         """
         if not (left := self._left()):
             return True
@@ -110,8 +112,8 @@ class _Link:
         """Bytes since the start."""
         self._outgoing: deque[memoryview] = deque()
         self._incoming: deque[memoryview] = deque()
-        self._heads: deque[tuple[int, bytearray, int]] = deque()
-        """Where a message's size is read to, the count by which it is there, and the right one."""
+        self._heads: deque[tuple[int, bytearray, bytes]] = deque()
+        """The count by which a message's head is there, where it is read to, and the right one."""
         connection.settimeout(0)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -120,18 +122,19 @@ class _Link:
         """What to wait for."""
         return (select.POLLOUT if self._outgoing else 0) | (select.POLLIN if self._incoming else 0)
 
-    def send(self, x: torch.Tensor) -> None:
-        self._outgoing.append(memoryview(_HEAD.pack(x.nbytes)))
+    def send(self, kind: int, x: torch.Tensor) -> None:
+        self._outgoing.append(memoryview(_HEAD.pack(kind, x.nbytes)))
         if x.nbytes:
             self._outgoing.append(_bytes_of(x))
         self.num_to_send += _HEAD.size + x.nbytes
 
-    def receive(self, x: torch.Tensor) -> None:
+    def receive(self, kind: int, x: torch.Tensor) -> None:
         head = bytearray(_HEAD.size)
         self._incoming.append(memoryview(head))
         if x.nbytes:
             self._incoming.append(_bytes_of(x))
-        self._heads.append((self.num_to_receive + _HEAD.size, head, x.nbytes))
+        right = _HEAD.pack(kind, x.nbytes)
+        self._heads.append((self.num_to_receive + _HEAD.size, head, right))
         self.num_to_receive += _HEAD.size + x.nbytes
 
     def go_on(self) -> None:
@@ -156,11 +159,12 @@ class _Link:
 
     def _check_heads(self) -> None:
         while self._heads and self._heads[0][0] <= self.num_received:
-            _, head, expected = self._heads.popleft()
-            (found,) = _HEAD.unpack(head)
-            if found != expected:
-                text = f"{expected} bytes were expected, {found} come"
-                raise OtherSizeError(self.index, text)
+            _, head, right = self._heads.popleft()
+            if head != right:
+                (_, expected), (_, found) = _HEAD.unpack(right), _HEAD.unpack(head)
+                more = " of another call" if found == expected else ""
+                text = f"{expected} bytes were expected, {found} come{more}"
+                raise OtherCallError(self.index, text)
 
 
 def open_links(

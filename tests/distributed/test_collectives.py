@@ -108,6 +108,23 @@ def test_random_calls_give_what_torch_gives(num_ranks: int, config: CollectivesC
     assert all(calls == made[0] for calls in made)
 
 
+def sum_two_at_once(group: RankGroup, num_items: int) -> list[float]:
+    axis = group.axes.tp
+    x, y = (torch.full((num_items,), float(10**power * (axis.rank + 1))) for power in (0, 1))
+    first, second = axis.begin_all_reduce(x), axis.begin_all_reduce(y)
+    third = axis.all_gather(torch.tensor([float(axis.rank)]))
+    totals = [first(), second()]
+    assert all(bool((total == total[0]).all()) for total in totals)
+    return [*(float(total[0]) for total in totals), *third.tolist()]
+
+
+@pytest.mark.parametrize("config", [pytest.param(SMALL, id="shm"), pytest.param(TCP, id="gloo")])
+@pytest.mark.parametrize("num_items", [3, 1_000_000])
+def test_sums_that_began_together_do_not_mix(num_items: int, config: CollectivesConfig) -> None:
+    found = run_ranks(3, sum_two_at_once, num_items, config=config)
+    assert found == [[6.0, 60.0, 0.0, 1.0, 2.0]] * 3
+
+
 def send_both_ways_first(group: RankGroup, num_messages: int, num_items: int) -> list[float]:
     """Every rank sends all before it receives any, more than lies between two ranks."""
     axis = group.axes.tp

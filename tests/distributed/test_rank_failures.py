@@ -243,8 +243,9 @@ def test_ranks_that_call_different_things_are_told(what: str) -> None:
         assert found["seconds"] < 1
 
 
-def test_ranks_of_several_hosts_that_sum_different_things_are_told() -> None:
-    for found in run_ranks(2, call_something_else, "size", config=TCP):
+@pytest.mark.parametrize("what", ["operation", "size"])
+def test_ranks_of_several_hosts_that_call_different_things_are_told(what: str) -> None:
+    for found in run_ranks(2, call_something_else, what, config=TCP):
         assert found["error"] == "CollectiveAbortedError"
         assert "is in another call" in found["text"]
         assert found["seconds"] < 0.5 * TCP.collective_timeout_s

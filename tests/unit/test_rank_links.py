@@ -10,7 +10,7 @@ import torch
 from torch._C._distributed_c10d import HashStore, Store
 
 from engine.errors import CollectiveTimeoutError
-from engine.parallel.rank_links import OtherSizeError, RankLinks, address_towards, open_links
+from engine.parallel.rank_links import OtherCallError, RankLinks, address_towards, open_links
 
 LARGE = 4_000_000  # more than lies in the buffers between two sockets
 
@@ -39,7 +39,7 @@ def test_both_send_more_than_the_kernel_holds(ends: tuple[RankLinks, RankLinks])
     sent = [numbers(LARGE, 0), numbers(LARGE, 7)]
     found = [torch.empty_like(x) for x in sent]
     going = [
-        links.begin({1 - index: sent[index]}, {1 - index: found[index]})
+        links.begin("x", {1 - index: sent[index]}, {1 - index: found[index]})
         for index, links in enumerate(ends)
     ]
     while not all([each.is_over(0.001) for each in going]):  # noqa: C419  # both must go on
@@ -52,8 +52,8 @@ def test_several_are_on_their_way_and_end_in_their_order(ends: tuple[RankLinks, 
     near, far = ends
     sent = [numbers(length, length) for length in (3, LARGE, 0, 5)]
     found = [torch.empty_like(x) for x in sent]
-    sending = [near.begin({1: x}, {}) for x in sent]
-    receiving = [far.begin({}, {0: x}) for x in found]
+    sending = [near.begin("x", {1: x}, {}) for x in sent]
+    receiving = [far.begin("x", {}, {0: x}) for x in found]
     while not receiving[-1].is_over(0.0):
         sending[-1].is_over(0.0)
     assert all(each.is_over(0.0) for each in [*sending, *receiving])
@@ -62,23 +62,30 @@ def test_several_are_on_their_way_and_end_in_their_order(ends: tuple[RankLinks, 
 
 def test_what_began_travels_before_anybody_waits(ends: tuple[RankLinks, RankLinks]) -> None:
     near, far = ends
-    near.begin({1: numbers(1000, 1)}, {})
+    near.begin("x", {1: numbers(1000, 1)}, {})
     found = torch.zeros(1000, dtype=torch.int32)
-    assert far.begin({}, {0: found}).is_over(10.0)
+    assert far.begin("x", {}, {0: found}).is_over(10.0)
     assert torch.equal(found, numbers(1000, 1))
 
 
 def test_another_size_is_told(ends: tuple[RankLinks, RankLinks]) -> None:
     near, far = ends
-    near.begin({1: torch.zeros(5)}, {})
-    with pytest.raises(OtherSizeError, match="16 bytes were expected, 20 come") as caught:
-        far.begin({}, {0: torch.zeros(4)}).is_over(10.0)
+    near.begin("x", {1: torch.zeros(5)}, {})
+    with pytest.raises(OtherCallError, match="16 bytes were expected, 20 come") as caught:
+        far.begin("x", {}, {0: torch.zeros(4)}).is_over(10.0)
     assert caught.value.index == 0
+
+
+def test_another_call_of_the_same_size_is_told(ends: tuple[RankLinks, RankLinks]) -> None:
+    near, far = ends
+    near.begin("gather", {1: torch.zeros(4)}, {})
+    with pytest.raises(OtherCallError, match="16 come of another call"):
+        far.begin("sum", {}, {0: torch.zeros(4)}).is_over(10.0)
 
 
 def test_a_connection_that_ends_is_an_error(ends: tuple[RankLinks, RankLinks]) -> None:
     near, far = ends
-    going = far.begin({}, {0: torch.zeros(4)})
+    going = far.begin("x", {}, {0: torch.zeros(4)})
     assert not going.is_over(0.0)
     near.close()
     with pytest.raises(ConnectionError):
@@ -98,8 +105,8 @@ def test_a_stranger_does_not_become_a_rank() -> None:
         assert stranger.recv(1) == b""
     (near,) = opening
     found = torch.zeros(3)
-    near.begin({1: torch.ones(3)}, {})
-    assert far.begin({}, {0: found}).is_over(10.0)
+    near.begin("x", {1: torch.ones(3)}, {})
+    assert far.begin("x", {}, {0: found}).is_over(10.0)
     assert found.tolist() == [1.0, 1.0, 1.0]
     near.close()
     far.close()

@@ -1,0 +1,113 @@
+"""Collectives among CPUs of several hosts."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch._C._distributed_c10d import ProcessGroup
+
+from engine.parallel.process_group import ProcessGroupCollectives, add_up
+from engine.parallel.rank_links import RankLinks
+from engine.parallel.store_watch import StoreWatch
+
+_GATHERED_BYTES = 64 * 1024
+"""More than two ranks share out the sum of more: two exchanges, of fewer bytes."""
+
+
+class LinkedCollectives(ProcessGroupCollectives):
+    """gloo; but what all ranks exchange goes through `RankLinks`.
+
+    gloo wakes up two threads for each exchange, on cores that compute: 0.2 to 4 ms against 10 us
+    for a few bytes between two ranks of one host. Sums are in rank order, as in shared memory.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        links: RankLinks,
+        ranks: Sequence[int],
+        rank: int,
+        watch: StoreWatch,
+        *,
+        title: str,
+        timeout_s: float,
+    ) -> None:
+        """`ranks` and `rank` are global; `title` names the group in errors. Closes `links`."""
+        cpu = torch.device("cpu")
+        super().__init__(
+            "gloo", group, ranks, rank, watch, title=title, device=cpu, timeout_s=timeout_s
+        )
+        self._links = links
+        self._others = [index for index in range(self._size) if index != self._rank]
+
+    def begin_all_reduce(self, x: torch.Tensor) -> Callable[[], None]:
+        if x.numel() == 0:
+            return lambda: None
+        if self._size == 2 or x.nbytes <= _GATHERED_BYTES:
+            return self._begin_gathered_sum(x)
+        return self._begin_shared_sum(x)
+
+    def all_gather(self, x: torch.Tensor, out: torch.Tensor, lengths: Sequence[int]) -> None:
+        parts = out.split(list(lengths))
+        parts[self._rank].copy_(x)
+        self._begin_parts("all_gather", [x] * self._size, parts)()
+
+    def all_to_all(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        send_lengths: Sequence[int],
+        receive_lengths: Sequence[int],
+    ) -> None:
+        self._exchange("all_to_all", x, out, send_lengths, receive_lengths)
+
+    def close(self) -> None:
+        super().close()
+        self._links.close()
+
+    def _begin_gathered_sum(self, x: torch.Tensor) -> Callable[[], None]:
+        """Every rank sends all of `x` to all others and adds up what comes."""
+        parts = [x if index == self._rank else torch.empty_like(x) for index in range(self._size)]
+        finish = self._begin_parts("all_reduce", [x] * self._size, parts)
+
+        def finish_all_reduce() -> None:
+            finish()
+            add_up(parts, x)
+
+        return finish_all_reduce
+
+    def _begin_shared_sum(self, x: torch.Tensor) -> Callable[[], None]:
+        """Every rank adds up a share, and all send their shares to all others."""
+        borders = [x.numel() * index // self._size for index in range(self._size + 1)]
+        shares = [x[start:end] for start, end in pairwise(borders)]
+        own = shares[self._rank]
+        parts = [own if share is own else torch.empty_like(own) for share in shares]
+        finish = self._begin_parts("all_reduce", shares, parts)
+
+        def finish_all_reduce() -> None:
+            finish()
+            add_up(parts, own)
+            self._begin_parts("all_reduce", [own] * self._size, shares)()
+
+        return finish_all_reduce
+
+    def _exchange(
+        self,
+        name: str,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        send_lengths: Sequence[int],
+        receive_lengths: Sequence[int],
+    ) -> None:
+        sends, receives = x.split(list(send_lengths)), out.split(list(receive_lengths))
+        receives[self._rank].copy_(sends[self._rank])
+        self._begin_parts(name, sends, receives)()
+
+    def _begin_parts(
+        self, name: str, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]
+    ) -> Callable[[], None]:
+        """Exchange with every other rank; parts are in rank order, this rank's own stay."""
+        going = {index: sends[index] for index in self._others}
+        coming = {index: receives[index] for index in self._others}
+        what = f"{name} {sends[0].dtype}"
+        return self._begin(name, lambda: self._links.begin(what, going, coming))
