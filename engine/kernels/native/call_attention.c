@@ -1,8 +1,9 @@
 /* Attention as Python calls it: the units of a call, run, and merged where they were split. */
 #include "call.h"
 
-/* The plan of a call: prompts in blocks of queries, in the order of their rows; single queries
- * whole, or cut along their context where there are too few of them for the threads. */
+/* The plan of a call: prompts in blocks of queries, from the last, which sees most keys, to the
+ * first; single queries whole, or cut along their context where there are too few of them for the
+ * threads. */
 typedef struct {
     attention_unit *units;
     attention_unit *merges;
@@ -17,8 +18,8 @@ static int64_t first_chunk(int64_t window, int64_t position) {
 static void plan_prompt(attention_plan *plan, const attention_job *job, int64_t sequence,
                         int64_t num_queries, int64_t tokens_per_unit) {
     int64_t start = job->context_len[sequence] - num_queries;
-    for (int64_t first = 0; first < num_queries; first += tokens_per_unit) {
-        int64_t end = first + tokens_per_unit < num_queries ? first + tokens_per_unit : num_queries;
+    int64_t last = (num_queries - 1) / tokens_per_unit * tokens_per_unit;
+    for (int64_t first = last, end = num_queries; first >= 0; end = first, first -= tokens_per_unit)
         for (int64_t head = 0; head < job->kv.num_heads; ++head)
             plan->units[plan->num_units++] = (attention_unit){
                 .sequence = (int32_t)sequence,
@@ -29,7 +30,6 @@ static void plan_prompt(attention_plan *plan, const attention_job *job, int64_t 
                 .end_chunk = (int32_t)((start + end - 1) / KEY_CHUNK + 1),
                 .partial = -1,
             };
-    }
 }
 
 static void plan_single(attention_plan *plan, const attention_job *job, int64_t sequence,
@@ -61,6 +61,21 @@ static void plan_single(attention_plan *plan, const attention_job *job, int64_t 
     }
 }
 
+/* Copies units, from the largest to the smallest, to where equal shares of them are equal work: in
+ * turns to the first and the last thread first. */
+static void deal_units(const attention_unit *units, int64_t num_units, int num_threads,
+                       attention_unit *dealt) {
+    int64_t num_rounds = num_units / num_threads, left = num_rounds * num_threads;
+    for (int64_t thread = 0; thread < num_threads; ++thread) {
+        int64_t slot = num_units * thread / num_threads;
+        int64_t end = num_units * (thread + 1) / num_threads;
+        for (int64_t round = 0; slot < end; ++slot, ++round) {
+            int64_t place = round % 2 ? num_threads - 1 - thread : thread;
+            dealt[slot] = units[round < num_rounds ? round * num_threads + place : left++];
+        }
+    }
+}
+
 void isthmus_run_attention(int dtype, attention_job job, int64_t num_sequences, int num_threads) {
     const int32_t *query_start = job.query_start;
     int64_t group = job.num_heads / job.kv.num_heads;
@@ -84,17 +99,20 @@ void isthmus_run_attention(int dtype, attention_job job, int64_t num_sequences, 
     }
     int64_t num_parts = num_units > 0 ? (wanted + num_units - 1) / num_units : 1;
     if (group > MAX_SPLIT_ROWS || job.log_sum) num_parts = 1;
-    int64_t max_units = num_units + num_singles * job.kv.num_heads * (num_parts + 1);
+    int64_t max_merges = num_singles * job.kv.num_heads;
+    int64_t max_units = num_units + max_merges * num_parts;
     attention_plan plan = {0};
-    plan.units = isthmus_scratch(SCRATCH_UNITS, (size_t)max_units * sizeof(attention_unit));
-    plan.merges = plan.units + num_units + num_singles * job.kv.num_heads * num_parts;
+    plan.units = isthmus_scratch(SCRATCH_UNITS,
+                                 (size_t)(2 * max_units + max_merges) * sizeof(attention_unit));
+    plan.merges = plan.units + 2 * max_units;
     for (int64_t i = 0; i < num_sequences; ++i) {
         int64_t num_queries = query_start[i + 1] - query_start[i];
         if (num_queries > 1) plan_prompt(&plan, &job, i, num_queries, tokens_per_unit);
     }
     for (int64_t i = 0; i < num_sequences; ++i)
         if (query_start[i + 1] - query_start[i] == 1) plan_single(&plan, &job, i, num_parts);
-    job.units = plan.units;
+    deal_units(plan.units, plan.num_units, num_threads, plan.units + max_units);
+    job.units = plan.units + max_units;
     if (plan.num_partial_chunks) {
         int64_t row = round_up(job.kv.head_dim, 32) + 2;
         job.partials = isthmus_scratch(SCRATCH_CALL,
