@@ -107,19 +107,36 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype, inner: int) ->
 
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("num_rows", [3, 75, 300])
+@pytest.mark.parametrize(
+    ("num_rows", "inner", "num_out"),
+    [(3, 96, 320), (75, 96, 320), (300, 320, 320), (300, 576, 1280)],
+)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_the_gated_layer_has_the_bits_of_its_parts(
-    dtype: torch.dtype, num_rows: int, has_bias: bool
+    dtype: torch.dtype, num_rows: int, inner: int, num_out: int, has_bias: bool
 ) -> None:
-    x_TD = random(num_rows, 96, dtype=dtype)
+    x_TD = random(num_rows, inner, dtype=dtype)
     kernels = kernels_with(dtype, num_threads=2)
-    bias_F = random(320, dtype=dtype) if has_bias else None
-    packed = kernels.pack_linear(random(320, 96, dtype=dtype), bias_F)
+    bias_F = random(num_out, dtype=dtype) if has_bias else None
+    packed = kernels.pack_linear(random(num_out, inner, dtype=dtype), bias_F)
     separate_TF = kernels.silu_mul(kernels.linear(x_TD, packed))
     assert torch.equal(kernels.linear_silu_mul(x_TD, packed), separate_TF)
     expected_TF = TorchKernels(torch.device("cpu")).silu_mul(kernels.linear(x_TD, packed))
     assert largest_error(separate_TF, expected_TF) < TOLERANCE[dtype]
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dim", [576, 80, 40])
+def test_a_norm_adds_and_scales_as_torch_does(dtype: torch.dtype, dim: int) -> None:
+    x_TD, residual_TD = random(20, dim, dtype=dtype), random(20, dim, dtype=dtype)
+    weight_D = random(dim, dtype=dtype)
+    kept_TD, expected_kept_TD = residual_TD.clone(), residual_TD.clone()
+    y_TD = kernels_with(dtype, num_threads=2).add_rms_norm(x_TD, kept_TD, weight_D, 1e-5)
+    torch_kernels = TorchKernels(torch.device("cpu"))
+    expected_TD = torch_kernels.add_rms_norm(x_TD, expected_kept_TD, weight_D, 1e-5)
+    assert torch.equal(kept_TD, expected_kept_TD)
+    assert largest_error(y_TD, expected_TD) < TOLERANCE[dtype]
 
 
 @pytest.mark.usefixtures("level")
