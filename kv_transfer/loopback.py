@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from engine.errors import KvLeaseLostError
 from kv_transfer.blocks import BlockSource, HostBlocks
-from kv_transfer.copying import copy_runs
+from kv_transfer.copy_plan import CopyPlan
 from kv_transfer.memory import KvMemory
 from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.reshard import Transfer
@@ -67,14 +67,14 @@ class LoopbackWriter:
         transfers: Sequence[Transfer],
     ) -> int:
         num_bytes = 0
-        target = self._intake.blocks
-        for piece in source.pieces_for(target.layout, parts, transfers):
-            num_bytes += piece.num_bytes
-            for copies in piece.copies(self._slice_bytes):
+        plan = CopyPlan(source.blocks, self._intake.blocks, max_bytes=self._slice_bytes)
+        for copies in plan.copies(source, parts, transfers):
+            num_bytes += copies.num_bytes
+            for first, end in copies.slices(self._slice_bytes):
                 self._intake.begin(permit.lease_id)
                 try:
                     permit.check()
-                    copy_runs(target.flat, source.blocks.flat, *copies, is_streaming=False)
+                    copies.copy(first, end, is_streaming=False)
                 finally:
                     self._intake.end(permit.lease_id)
         return num_bytes

@@ -42,14 +42,14 @@ class Payload:
         if self.is_gathered:
             places = _places(self._lengths)
             copies = (places, self._offsets, self._lengths)
-            copy_runs(self._scratch, self._pool, *copies, is_streaming=False)
+            copy_runs(self._scratch, self._pool, *copies)
 
     def scatter(self) -> None:
         """Fill the runs from the buffer, if it is used."""
         if self.is_gathered:
             places = _places(self._lengths)
             copies = (self._offsets, places, self._lengths)
-            copy_runs(self._pool, self._scratch, *copies, is_streaming=False)
+            copy_runs(self._pool, self._scratch, *copies)
 
 
 def digest(views: Iterable[memoryview]) -> int:

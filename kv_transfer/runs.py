@@ -115,16 +115,6 @@ class Piece:
                 self.source, self.target, self.source_blocks[some], self.target_blocks[some]
             )
 
-    def copies(self, max_bytes: int) -> Iterator[tuple[Offsets, Offsets, Offsets]]:
-        """Target and source offsets, and lengths: at most `max_bytes`, or one run, at a time."""
-        grain = min(self.source.grain(max_bytes), self.target.grain(max_bytes))
-        sources, lengths = self.source.runs_of(self.source_blocks, grain, max_bytes)
-        targets, _ = self.target.runs_of(self.target_blocks, grain, max_bytes)
-        step = max(1, max_bytes // int(lengths[0]))
-        for first in range(0, len(lengths), step):
-            some = slice(first, first + step)
-            yield targets[some], sources[some], lengths[some]
-
 
 def merged(offsets: Offsets, lengths: Offsets) -> tuple[Offsets, Offsets]:
     """Runs that follow on one another as one."""

@@ -18,14 +18,13 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from engine.errors import KvCorruptionError, KvLeaseLostError, PeerUnavailableError
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.populate import populate
 from kv_transfer import range_lock
 from kv_transfer.blocks import BlockSource, HostBlocks
-from kv_transfer.copying import STREAMING_BYTES, Offsets, copy_runs
+from kv_transfer.copy_plan import CopyPlan
+from kv_transfer.copying import STREAMING_BYTES
 from kv_transfer.memory import NONCE_BYTES, KvMemory
 from kv_transfer.offer import ShmOffer
 from kv_transfer.plane import WritePermit, WriteWindow
@@ -76,6 +75,7 @@ class ShmWriter:
             os.close(self._fd)
             raise PeerUnavailableError(f"{offer.path} is not the receiver's pool: another host?")
         self._blocks: HostBlocks | None = HostBlocks(layout, memoryview(self._map), num_blocks)
+        self._plan: CopyPlan | None = None
         self._is_closed = threading.Event()
         self._populator = threading.Thread(target=self._populate, name="kv-map", daemon=True)
         self._populator.start()
@@ -87,39 +87,38 @@ class ShmWriter:
         parts: Sequence[SlotRange],
         transfers: Sequence[Transfer],
     ) -> int:
-        blocks = self._blocks
-        assert blocks is not None, "write after close"
+        plan = self._plan_for(source.blocks)
         num_bytes = 0
-        for piece in source.pieces_for(blocks.layout, parts, transfers):
-            num_bytes += piece.num_bytes
-            is_streaming = piece.num_bytes >= STREAMING_BYTES
-            for copies in piece.copies(self._slice_bytes):
+        for copies in plan.copies(source, parts, transfers):
+            num_bytes += copies.num_bytes
+            is_streaming = copies.num_bytes >= STREAMING_BYTES
+            for first, end in copies.slices(self._slice_bytes):
                 with range_lock.writing(self._fd, permit.lease_id) as is_open:
                     if not is_open:
                         raise KvLeaseLostError(f"the receiver took lease {permit.lease_id} back")
                     permit.check()
-                    copy_runs(blocks.flat, source.blocks.flat, *copies, is_streaming=is_streaming)
-                    if self._is_checked:
-                        self._compare(blocks, source, copies)
+                    copies.copy(first, end, is_streaming=is_streaming)
+                    if self._is_checked and not copies.are_done(first, end):
+                        raise KvCorruptionError("shm: what was written is not what is there")
         return num_bytes
+
+    def _plan_for(self, source: HostBlocks) -> CopyPlan:
+        plan = self._plan
+        if plan is None or plan.source is not source:
+            assert self._blocks is not None, "write after close"
+            plan = CopyPlan(source, self._blocks, max_bytes=self._slice_bytes)
+            self._plan = plan
+        return plan
 
     def close(self) -> None:
         if self._blocks is not None:
             self._is_closed.set()
             self._populator.join()
-            self._blocks = None  # the map cannot close under a view
+            self._plan = self._blocks = None  # the map cannot close under a view
             with contextlib.suppress(BufferError):  # a view in a traceback: it closes with that
                 self._map.close()
             del self._map
             os.close(self._fd)
-
-    def _compare(
-        self, blocks: HostBlocks, source: BlockSource, copies: tuple[Offsets, Offsets, Offsets]
-    ) -> None:
-        for there, here, length in zip(*(column.tolist() for column in copies), strict=True):
-            written = blocks.flat[there : there + length]
-            if not np.array_equal(written, source.blocks.flat[here : here + length]):
-                raise KvCorruptionError("shm: what was written is not what is there")
 
     def _populate(self) -> None:
         """Map the pool's pages ahead of the writes: faults would take longer than the copies."""

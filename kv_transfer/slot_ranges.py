@@ -7,6 +7,8 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
+from kv_transfer.copying import num_alike
+
 _Rows = npt.NDArray[np.int64]
 
 
@@ -60,16 +62,16 @@ class SlotRanges(Sequence[SlotRange]):
 
     def by_slots(self) -> Iterator["SlotRanges"]:
         """Those with the same slots at both ends together; mostly whole blocks and two ends."""
-        if len(self.rows) == 1:
-            yield self
-            return
-        slots = self.rows[:, [1, 3, 4]]
-        if (slots == slots[:1]).all():
-            yield self
-            return
-        kinds, kind_of = np.unique(slots, axis=0, return_inverse=True)
+        rows = self.rows
+        for _ in range(3):
+            if (num := num_alike(rows)) == len(rows):
+                yield SlotRanges(rows)
+                return
+            yield SlotRanges(rows[:num])
+            rows = rows[num:]
+        kinds, kind_of = np.unique(rows[:, [1, 3, 4]], axis=0, return_inverse=True)
         for kind in range(len(kinds)):
-            yield SlotRanges(self.rows[kind_of.reshape(-1) == kind])
+            yield SlotRanges(rows[kind_of.reshape(-1) == kind])
 
 
 def slot_ranges(

@@ -1,5 +1,6 @@
 """Taking the pages of a mapping before they are needed."""
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -15,7 +16,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def populate(memory: mmap.mmap, *, is_wanted: Callable[[], bool] = lambda: True) -> None:
     """Back a mapping with pages and map them, so that first writes take no faults.
 
-    Other threads run meanwhile (`mmap.madvise` would hold the interpreter lock throughout).
+    Other threads run meanwhile (`mmap.madvise` would hold the interpreter lock throughout). The
+    pages are huge where the host lends such to shared memory (`shmem_enabled` is `advise`).
 
     Args:
         memory: writable.
@@ -24,6 +26,8 @@ def populate(memory: mmap.mmap, *, is_wanted: Callable[[], bool] = lambda: True)
     Raises:
         OSError: as madvise fails; ENOMEM when the host's memory does not suffice.
     """
+    with contextlib.suppress(AttributeError, OSError):  # Linux only; a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     first = ctypes.c_char.from_buffer(memory)
     try:
         start = ctypes.addressof(first)

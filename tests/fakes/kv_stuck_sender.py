@@ -9,14 +9,16 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from kv_transfer import shm, stream
+from kv_transfer import stream
 from kv_transfer.config import DataPlane
-from kv_transfer.copying import copy_runs
+from kv_transfer.copying import BlockCopies
 from kv_transfer.sender import KvSender
 from kv_transfer.sending_group import SendingGroup
 from mesh.channel import open_channel
 from tests.fakes.kv_memory import HostMemory
 from tests.fakes.kv_pair import FAST
+
+whole_copy = BlockCopies.copy
 
 
 def hang() -> None:
@@ -25,9 +27,8 @@ def hang() -> None:
     threading.Event().wait()
 
 
-def hang_in_copy(*copies: Any, is_streaming: bool) -> None:
-    target, source, *runs = copies
-    copy_runs(target, source, *(run[: len(run) // 2] for run in runs), is_streaming=is_streaming)
+def hang_in_copy(copies: BlockCopies, first: int, end: int, *, is_streaming: bool) -> None:
+    whole_copy(copies, first, first + max(1, (end - first) // 2), is_streaming=is_streaming)
     hang()
 
 
@@ -39,7 +40,7 @@ def hang_in_send(sock: Any, *buffers: bytes | memoryview, **_: Any) -> None:
 
 async def main(address: str, plane: str) -> None:
     if plane == "shm":
-        shm.copy_runs = hang_in_copy  # type: ignore[assignment, attr-defined]
+        BlockCopies.copy = hang_in_copy  # type: ignore[method-assign]
     else:
         stream.send = hang_in_send
     config = replace(FAST, data_plane=DataPlane(plane))

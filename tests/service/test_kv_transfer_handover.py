@@ -29,7 +29,7 @@ from engine.runtime.commands import SequenceMode
 from engine.scheduling.block_hash import block_hashes
 from kv_transfer import stream
 from kv_transfer.config import Checksums, DataPlane
-from kv_transfer.copying import copy_runs
+from kv_transfer.copying import BlockCopies
 from kv_transfer.handover import Handover
 from kv_transfer.local_receiving_rank import LocalReceivingRank
 from kv_transfer.offer import PROTOCOL_VERSION
@@ -521,18 +521,19 @@ def missent(num_times: int) -> Callable[..., None]:
 def miscopied(num_times: int) -> Callable[..., None]:
     """A copy that spoils a bit the first so many times."""
     left = itertools.count(num_times, -1)
+    whole_copy = BlockCopies.copy
 
-    def copy(target: Any, source: Any, places: Any, *rest: Any, **more: Any) -> None:
-        copy_runs(target, source, places, *rest, **more)
+    def copy(copies: BlockCopies, first: int, end: int, **more: Any) -> None:
+        whole_copy(copies, first, end, **more)
         if next(left) > 0:
-            target[places[0]] ^= 1
+            copies.target[copies.runs(first, end)[0][0]] ^= 1
 
     return copy
 
 
 def spoil(monkeypatch, plane: str, num_times: int) -> None:
     if plane == "shm":
-        monkeypatch.setattr("kv_transfer.shm.copy_runs", miscopied(num_times))
+        monkeypatch.setattr(BlockCopies, "copy", miscopied(num_times))
     else:
         monkeypatch.setattr(stream, "send", missent(num_times))
 
@@ -780,14 +781,15 @@ async def test_an_abort_between_pushes(plane: str, num_pushed: int) -> None:
 
 async def test_an_abort_in_the_middle_of_a_push_waits_for_the_writer(monkeypatch) -> None:
     entered, go_on = threading.Event(), threading.Event()
+    whole_copy = BlockCopies.copy
 
     def stuck_copy(*copies: Any, **more: Any) -> None:
         entered.set()
         assert go_on.wait(10)
-        copy_runs(*copies, **more)
+        whole_copy(*copies, **more)
 
     async with kv_pair("shm") as pair:
-        monkeypatch.setattr("kv_transfer.shm.copy_runs", stuck_copy)
+        monkeypatch.setattr(BlockCopies, "copy", stuck_copy)
         task = asyncio.ensure_future(complete(pair))
         await until(entered.is_set)
         task.cancel()

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from kv_transfer import copying
 from kv_transfer.blocks import HostBlocks, host_blocks, source_from
-from kv_transfer.copying import copy_runs
+from kv_transfer.copy_plan import CopyPlan
+from kv_transfer.copying import BlockCopies, Bytes, Offsets, RunTable, copy_runs
 from kv_transfer.reshard import Box, Transfer
 from kv_transfer.runs import merged
 from kv_transfer.slot_ranges import SlotRange, slot_ranges
@@ -79,13 +80,16 @@ def test_copies_are_bounded_and_complete(
         assert target is not None
         source = source_from(local, host_blocks(local), parts)
         head_bytes = SIZE * TINY_LAYOUT.head_dim * 2
-        for piece in source.pieces_for(TINY_LAYOUT, parts, transfers):
+        plan = CopyPlan(source.blocks, target, max_bytes=max_bytes)
+        for copies in plan.copies(source, parts, transfers):
             num_bytes = 0
-            for copies in piece.copies(max_bytes):
-                assert copies[2].sum() <= max(max_bytes, head_bytes)
-                num_bytes += copies[2].sum()
-                copy_runs(target.flat, source.blocks.flat, *copies, is_streaming=is_streaming)
-            assert num_bytes == piece.num_bytes
+            for first, end in copies.slices(max_bytes):
+                slice_bytes = copies.runs(first, end)[2].sum()
+                assert slice_bytes <= max(max_bytes, head_bytes)
+                num_bytes += slice_bytes
+                copies.copy(first, end, is_streaming=is_streaming)
+                assert copies.are_done(first, end)
+            assert num_bytes == copies.num_bytes
         expected = np.zeros_like(remote.blocks())
         for part in parts:
             here = slice(part.local_slot, part.local_slot + part.num_slots)
@@ -96,14 +100,10 @@ def test_copies_are_bounded_and_complete(
         np.testing.assert_array_equal(remote.blocks(), expected)
 
 
-@settings(deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=5),
-    st.booleans(),
-)
-def test_runs_of_any_length_and_place_are_copied_whole(
-    gaps_and_lengths: list[tuple[int, int]], is_streaming: bool
-) -> None:
+def spread(
+    gaps_and_lengths: list[tuple[int, int]],
+) -> tuple[Offsets, Offsets, Offsets, Bytes, Bytes, Bytes]:
+    """Target and source offsets and lengths of runs; a source, a target, what it is to become."""
     gaps, lengths = (np.array(column, np.int64) for column in zip(*gaps_and_lengths, strict=True))
     targets = np.cumsum(gaps + lengths) - lengths
     sources = np.cumsum(lengths) - lengths
@@ -111,9 +111,64 @@ def test_runs_of_any_length_and_place_are_copied_whole(
     expected = np.zeros((gaps + lengths).sum() + 1, np.uint8)
     for there, here, length in zip(targets, sources, lengths, strict=True):
         expected[there : there + length] = source[here : here + length]
-    target = np.zeros_like(expected)
-    copy_runs(target, source, targets, sources, lengths, is_streaming=is_streaming)
+    return targets, sources, lengths, source, np.zeros_like(expected), expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=5))
+def test_runs_of_any_length_and_place_are_copied_whole(
+    gaps_and_lengths: list[tuple[int, int]],
+) -> None:
+    targets, sources, lengths, source, target, expected = spread(gaps_and_lengths)
+    copy_runs(target, source, targets, sources, lengths)
     np.testing.assert_array_equal(target, expected)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0, 16, 64, 100, 4096]), st.sampled_from([1, 64, 4095, 4096, 8200])
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(0, 63),
+    st.booleans(),
+)
+def test_runs_of_blocks_of_any_length_and_place_are_copied_whole(
+    gaps_and_lengths: list[tuple[int, int]], shift: int, is_streaming: bool
+) -> None:
+    targets, sources, lengths, source, target, expected = spread(gaps_and_lengths)
+    table = RunTable(targets, sources, lengths, len(target), len(source))
+    pool = np.zeros(shift + 3 * len(target), np.uint8)[shift:]
+    copies = BlockCopies(pool, source, table)
+    copies.aim(np.array([[0, 0, block, 0, 1] for block in (2, 0)], np.int64))
+    for first, end in ((0, 1), (1, 2 * len(lengths))):
+        if first < end:
+            copies.copy(first, end, is_streaming=is_streaming)
+    np.testing.assert_array_equal(pool, np.concatenate([expected, target, expected]))
+
+
+@pytest.mark.parametrize("run", [(7, 0, 2), (0, -1, 2), (0, 0, -1)])
+def test_no_run_leaves_its_block(run: tuple[int, int, int]) -> None:
+    columns = (np.array([number], np.int64) for number in run)
+    with pytest.raises(IndexError):
+        BlockCopies(np.zeros(24, np.uint8), np.zeros(24, np.uint8), RunTable(*columns, 8, 8))
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+@pytest.mark.parametrize(("there", "here", "end"), [(3, 0, 1), (0, 3, 1), (-1, 0, 1), (0, 0, 2)])
+def test_no_block_leaves_its_pool(
+    there: int, here: int, end: int, is_native: bool, monkeypatch
+) -> None:
+    if not is_native:
+        monkeypatch.setattr(copying, "_native", None)
+    columns = (np.array([number], np.int64) for number in (0, 0, 4))
+    copies = BlockCopies(np.zeros(24, np.uint8), np.zeros(24, np.uint8), RunTable(*columns, 8, 8))
+    copies.aim(np.array([[here, 0, there, 0, 1]]))
+    with pytest.raises(IndexError):
+        copies.copy(0, end, is_streaming=True)
 
 
 @pytest.mark.parametrize("is_native", [False, True])
@@ -127,7 +182,7 @@ def test_no_run_leaves_its_buffer(
         monkeypatch.setattr(copying, "_native", None)
     places = (np.array([place], np.int64) for place in (there, here, length))
     with pytest.raises(IndexError):
-        copy_runs(np.zeros(10, np.uint8), np.zeros(10, np.uint8), *places, is_streaming=False)
+        copy_runs(np.zeros(10, np.uint8), np.zeros(10, np.uint8), *places)
 
 
 def test_runs_that_follow_on_one_another_are_one() -> None:
@@ -144,9 +199,10 @@ def test_a_pool_that_is_not_host_memory_is_copied_once_a_push() -> None:
         with HostMemory() as remote:
             target = host_blocks(remote)
             assert target is not None
-            for piece in source.pieces_for(TINY_LAYOUT, parts, WHOLE):
-                for copies in piece.copies(1 << 20):
-                    copy_runs(target.flat, source.blocks.flat, *copies, is_streaming=False)
+            plan = CopyPlan(source.blocks, target, max_bytes=1 << 20)
+            for copies in plan.copies(source, parts, WHOLE):
+                for first, end in copies.slices(1 << 20):
+                    copies.copy(first, end, is_streaming=False)
             blocks, arrived = memory.blocks(), remote.blocks()
             np.testing.assert_array_equal(arrived[0, :, :, :, 1:4], blocks[9, :, :, :, 1:4])
             np.testing.assert_array_equal(arrived[1], blocks[4])
