@@ -19,7 +19,7 @@ class CopyPlan:
         self.source = source
         self._target = target
         self._max_bytes = max_bytes
-        self._kinds: dict[tuple[Transfer, int, int, int], BlockCopies] = {}
+        self._kinds: dict[tuple[Transfer, tuple[int, int, int]], BlockCopies] = {}
 
     def copies(
         self, source: BlockSource, parts: Sequence[SlotRange], transfers: Sequence[Transfer]
@@ -36,28 +36,26 @@ class CopyPlan:
             return
         for same in SlotRanges.of(parts).by_slots():
             rows = same.rows
-            _, local_slot, _, remote_slot, num_slots = rows[0].tolist()
+            slots = (rows.item(1), rows.item(3), rows.item(4))
             if (index_of := source.index_of) is not None:
                 rows = rows.copy()
                 rows[:, 0] = [index_of[block_id] for block_id in same.rows[:, 0].tolist()]
             for transfer in transfers:
-                copies = self._of_kind(transfer, local_slot, remote_slot, num_slots)
+                copies = self._of_kind(transfer, slots)
                 copies.aim(rows)
                 yield copies
 
-    def _of_kind(
-        self, transfer: Transfer, local_slot: int, remote_slot: int, num_slots: int
-    ) -> BlockCopies:
-        kind = (transfer, local_slot, remote_slot, num_slots)
-        found = self._kinds.get(kind)
+    def _of_kind(self, transfer: Transfer, slots: tuple[int, int, int]) -> BlockCopies:
+        found = self._kinds.get((transfer, slots))
         if found is None:
             if len(self._kinds) >= _MAX_KINDS:
                 self._kinds.clear()
+            local_slot, remote_slot, num_slots = slots
             source = Region(self.source.layout, transfer.source, local_slot, num_slots)
             target = Region(self._target.layout, transfer.target, remote_slot, num_slots)
             table = _run_table(source, target, self._max_bytes)
             found = BlockCopies(self._target.flat, self.source.flat, table)
-            self._kinds[kind] = found
+            self._kinds[transfer, slots] = found
         return found
 
 

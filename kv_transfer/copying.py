@@ -16,9 +16,6 @@ logger = logging.getLogger(__name__)
 Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.int64]
 
-STREAMING_BYTES = 32 << 10
-"""From here on a copy goes past the caches: whoever reads it does so later, elsewhere."""
-
 LIBRARY_PATH = Path(engine.__path__[0]) / "kernels" / "libisthmus.so"
 _OUTSIDE = "a run lies outside of its buffer"
 
@@ -37,7 +34,7 @@ class _BlockCopy(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class _Native:
-    copy_blocks: Callable[[int, int, int, int, bool], int]
+    copy_blocks: Callable[[int, int, int, int], int]
     copy_inside: Callable[..., int]
     num_alike: Callable[[int, int], int]
 
@@ -51,7 +48,7 @@ def _load() -> _Native | None:
         logger.info("KV is copied by numpy: %s", error)
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    copy_blocks.argtypes = [pointer, pointer, size, size, ctypes.c_int]
+    copy_blocks.argtypes = [pointer, pointer, size, size]
     copy_inside.argtypes = [pointer, size, pointer, size, *[pointer] * 3, size]
     num_alike.argtypes, num_alike.restype = [pointer, size], size
     return _Native(copy_blocks, copy_inside, num_alike)
@@ -118,8 +115,10 @@ class BlockCopies:
         firsts = range(0, self._num_runs, step)
         return [(first, min(first + step, self._num_runs)) for first in firsts]
 
-    def copy(self, first: int, end: int, *, is_streaming: bool) -> None:
-        """Runs [first, end). Releases the interpreter lock.
+    def copy(self, first: int, end: int) -> None:
+        """Runs [first, end), past the caches: whoever reads them does so later, elsewhere.
+
+        Releases the interpreter lock.
 
         Raises:
             IndexError: a block is not in its pool; nothing was copied.
@@ -128,9 +127,7 @@ class BlockCopies:
             raise IndexError(f"runs [{first}, {end}) of {self._num_runs}")
         if _native is None:
             _copy_slowly(self.target, self._source, *self.runs(first, end))
-        elif _native.copy_blocks(
-            self._address, self._rows_address, first, end - first, is_streaming
-        ):
+        elif _native.copy_blocks(self._address, self._rows_address, first, end - first):
             raise IndexError(_OUTSIDE)
 
     def runs(self, first: int, end: int) -> tuple[Offsets, Offsets, Offsets]:

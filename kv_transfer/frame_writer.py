@@ -31,6 +31,8 @@ _ERROR_OF: dict[PushStatus, type[IsthmusError]] = {
 class FrameWriter:
     """Spreads the frames of a push over its connections, a thread for each."""
 
+    is_copying = False
+
     def __init__(
         self,
         name: str,

@@ -278,9 +278,10 @@ class Handover:
         self, link: RankLink, parts: Sequence[SlotRange], layers: range | None
     ) -> int:
         write = link.write(self._permit, parts, layers)
-        self._writes.add(write)
-        write.add_done_callback(self._end_write)
-        await asyncio.wait([write])  # does not cancel what it waits for; `close` waits for the rest
+        if not write.done():
+            self._writes.add(write)
+            write.add_done_callback(self._end_write)
+            await asyncio.wait([write])  # does not cancel it; `close` waits for the rest
         return write.result()
 
     def _end_write(self, write: asyncio.Future[int]) -> None:

@@ -18,7 +18,7 @@ from kv_transfer.plane import KvWriter, WritePermit
 from kv_transfer.reshard import of_layers
 from kv_transfer.sending_rank import RankLink, Target
 from kv_transfer.shm import ShmWriter
-from kv_transfer.slot_ranges import SlotRange
+from kv_transfer.slot_ranges import SlotRange, SlotRanges
 from kv_transfer.tcp_writer import tcp_writer
 from kv_transfer.tls import client_context
 
@@ -32,6 +32,10 @@ class WriterChoice:
     writer: KvWriter
     fallback_reason: str | None
 
+
+QUICK_BYTES = 1 << 20
+"""A push of less is written at once where that is a copy: handing it to a thread and back takes
+longer than the copy, and more of the loop's own time than this takes."""
 
 OpenWriter = Callable[[Target, TransferConfig, HostBlocks | None], WriterChoice]
 
@@ -88,7 +92,7 @@ def _close_opened(opening: asyncio.Future[list[WriterChoice]]) -> None:
 
 
 class LocalLink:
-    """Writes in a thread of its own, one push at a time."""
+    """Writes one push at a time: in a thread of its own, or at once what is copied quickly."""
 
     def __init__(
         self,
@@ -108,17 +112,43 @@ class LocalLink:
             for choice, target in zip(choices, targets, strict=True)
         ]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-write")
+        self._num_queued = 0
+        is_copied = host is not None and all(writer.is_copying for writer, _ in self._writers)
+        slot_bytes = sum(t.source.num_cells for target in targets for t in target.transfers)
+        slot_bytes *= memory.layout.bytes_per_cell
+        self._most_quick_slots = QUICK_BYTES // max(1, slot_bytes) if is_copied else 0
 
     def write(
         self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None = None
     ) -> asyncio.Future[int]:
         loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._thread, self._write, permit, parts, layers)
+        if not self._num_queued and SlotRanges.of(parts).num_slots <= self._most_quick_slots:
+            return self._write_at_once(loop.create_future(), permit, parts, layers)
+        self._num_queued += 1
+        written = loop.run_in_executor(self._thread, self._write, permit, parts, layers)
+        written.add_done_callback(self._leave_queue)
+        return written
 
     def close(self) -> None:
         # The thread has nothing left to do: closing is its last job, so no one waits.
         self._thread.submit(self._close)
         self._thread.shutdown(wait=False)
+
+    def _leave_queue(self, _: asyncio.Future[int]) -> None:
+        self._num_queued -= 1
+
+    def _write_at_once(
+        self,
+        written: asyncio.Future[int],
+        permit: WritePermit,
+        parts: Sequence[SlotRange],
+        layers: range | None,
+    ) -> asyncio.Future[int]:
+        try:
+            written.set_result(self._write(permit, parts, layers))
+        except Exception as error:  # noqa: BLE001 - raised where it is awaited
+            written.set_exception(error)
+        return written
 
     def _write(self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None) -> int:
         try:

@@ -54,6 +54,7 @@ class LoopbackIntake:
 
 class LoopbackWriter:
     name = "loopback"
+    is_copying = True
 
     def __init__(self, intake: LoopbackIntake, *, slice_bytes: int) -> None:
         self._intake = intake
@@ -74,7 +75,7 @@ class LoopbackWriter:
                 self._intake.begin(permit.lease_id)
                 try:
                     permit.check()
-                    copies.copy(first, end, is_streaming=False)
+                    copies.copy(first, end)
                 finally:
                     self._intake.end(permit.lease_id)
         return num_bytes

@@ -60,6 +60,8 @@ class KvWriter(Protocol):
 
     name: str
     """Label of the data plane in reports and metrics."""
+    is_copying: bool
+    """A write is a copy in memory and waits for nobody."""
 
     def write(
         self,

@@ -147,7 +147,7 @@ def pieces(
     """
     if not len(parts):
         return
-    for same, transfer in product(list(SlotRanges.of(parts).by_slots()), transfers):
+    for same, transfer in product(SlotRanges.of(parts).by_slots(), transfers):
         rows = same.rows
         local_slot, remote_slot, num_slots = rows[0, [1, 3, 4]].tolist()
         blocks = rows[:, 0]

@@ -24,7 +24,6 @@ from engine.kv_cache.populate import populate
 from kv_transfer import range_lock
 from kv_transfer.blocks import BlockSource, HostBlocks
 from kv_transfer.copy_plan import CopyPlan
-from kv_transfer.copying import STREAMING_BYTES
 from kv_transfer.memory import NONCE_BYTES, KvMemory
 from kv_transfer.offer import ShmOffer
 from kv_transfer.plane import WritePermit, WriteWindow
@@ -38,6 +37,7 @@ class ShmWriter:
     """Copies into the pool of a process on this host."""
 
     name = "shm"
+    is_copying = True
 
     def __init__(
         self,
@@ -91,13 +91,12 @@ class ShmWriter:
         num_bytes = 0
         for copies in plan.copies(source, parts, transfers):
             num_bytes += copies.num_bytes
-            is_streaming = copies.num_bytes >= STREAMING_BYTES
             for first, end in copies.slices(self._slice_bytes):
                 with range_lock.writing(self._fd, permit.lease_id) as is_open:
                     if not is_open:
                         raise KvLeaseLostError(f"the receiver took lease {permit.lease_id} back")
                     permit.check()
-                    copies.copy(first, end, is_streaming=is_streaming)
+                    copies.copy(first, end)
                     if self._is_checked and not copies.are_done(first, end):
                         raise KvCorruptionError("shm: what was written is not what is there")
         return num_bytes

@@ -48,6 +48,10 @@ class SlotRanges(Sequence[SlotRange]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def num_slots(self) -> int:
+        return int(self.rows[:, 4].sum())
+
     @overload
     def __getitem__(self, index: int) -> SlotRange: ...
     @overload
@@ -60,18 +64,21 @@ class SlotRanges(Sequence[SlotRange]):
     def __iter__(self) -> Iterator[SlotRange]:
         return (SlotRange(*row) for row in self.rows.tolist())
 
-    def by_slots(self) -> Iterator["SlotRanges"]:
+    def by_slots(self) -> list["SlotRanges"]:
         """Those with the same slots at both ends together; mostly whole blocks and two ends."""
         rows = self.rows
+        if num_alike(rows) == len(rows):
+            return [self]
+        some = []
         for _ in range(3):
-            if (num := num_alike(rows)) == len(rows):
-                yield SlotRanges(rows)
-                return
-            yield SlotRanges(rows[:num])
+            num = num_alike(rows)
+            some.append(SlotRanges(rows[:num]))
             rows = rows[num:]
+            if not len(rows):
+                return some
         kinds, kind_of = np.unique(rows[:, [1, 3, 4]], axis=0, return_inverse=True)
-        for kind in range(len(kinds)):
-            yield SlotRanges(rows[kind_of.reshape(-1) == kind])
+        kind_of = kind_of.reshape(-1)
+        return some + [SlotRanges(rows[kind_of == kind]) for kind in range(len(kinds))]
 
 
 def slot_ranges(
@@ -86,11 +93,12 @@ def slot_ranges(
     """Cut tokens [first_token, end_token) of a sequence at the block borders of both ends."""
     if first_token >= end_token:
         return SlotRanges(np.empty((0, 5), np.int64))
-    borders = [
-        np.arange((first_token // size + 1) * size, end_token, size)
-        for size in (local_size_tokens, remote_size_tokens)
-    ]
-    firsts = np.unique(np.concatenate([[first_token], *borders]))
+    small, large = sorted((local_size_tokens, remote_size_tokens))
+    firsts = np.arange(first_token // small * small, end_token, small)
+    firsts[0] = first_token
+    if large % small:
+        others = np.arange((first_token // large + 1) * large, end_token, large)
+        firsts = np.unique(np.concatenate([firsts, others]))
     rows = np.empty((len(firsts), 5), np.int64)
     ends = ((local_block_ids, local_size_tokens), (remote_block_ids, remote_size_tokens))
     for column, (block_ids, size) in zip((0, 2), ends, strict=True):
@@ -98,5 +106,6 @@ def slot_ranges(
         ids = np.asarray(block_ids[lowest:highest], np.int64)
         rows[:, column] = ids[firsts // size - lowest]
         rows[:, column + 1] = firsts % size
-    rows[:, 4] = np.diff(firsts, append=end_token)
+    rows[:-1, 4] = firsts[1:] - firsts[:-1]
+    rows[-1, 4] = end_token - firsts[-1]
     return SlotRanges(rows)

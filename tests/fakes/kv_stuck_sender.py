@@ -27,8 +27,8 @@ def hang() -> None:
     threading.Event().wait()
 
 
-def hang_in_copy(copies: BlockCopies, first: int, end: int, *, is_streaming: bool) -> None:
-    whole_copy(copies, first, first + max(1, (end - first) // 2), is_streaming=is_streaming)
+def hang_in_copy(copies: BlockCopies, first: int, end: int) -> None:
+    whole_copy(copies, first, first + max(1, (end - first) // 2))
     hang()
 
 

@@ -27,7 +27,7 @@ from engine.errors import (
 from engine.request import Request, SamplingParams
 from engine.runtime.commands import SequenceMode
 from engine.scheduling.block_hash import block_hashes
-from kv_transfer import stream
+from kv_transfer import local_sending_rank, stream
 from kv_transfer.config import Checksums, DataPlane
 from kv_transfer.copying import BlockCopies
 from kv_transfer.handover import Handover
@@ -788,6 +788,7 @@ async def test_an_abort_in_the_middle_of_a_push_waits_for_the_writer(monkeypatch
         assert go_on.wait(10)
         whole_copy(*copies, **more)
 
+    monkeypatch.setattr(local_sending_rank, "QUICK_BYTES", 0)  # stuck in a thread
     async with kv_pair("shm") as pair:
         monkeypatch.setattr(BlockCopies, "copy", stuck_copy)
         task = asyncio.ensure_future(complete(pair))

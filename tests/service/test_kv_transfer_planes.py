@@ -13,6 +13,7 @@ import pytest
 
 from engine.errors import KvLeaseLostError, UnknownRequestError
 from engine.kv_cache.layout import KvLayout
+from kv_transfer import local_sending_rank
 from kv_transfer.plane import WritePermit, WriteStoppedError, WriteWindow
 from kv_transfer.receiving_rank import ReceivingRank
 from kv_transfer.reshard import Box, Transfer
@@ -266,7 +267,8 @@ class HeldPermit(WritePermit):
             assert self.go_on.wait(10)
 
 
-async def test_nothing_changes_once_the_fence_is_there(plane: str) -> None:
+async def test_nothing_changes_once_the_fence_is_there(plane: str, monkeypatch) -> None:
+    monkeypatch.setattr(local_sending_rank, "QUICK_BYTES", 0)  # held up in a thread
     with memories(plane) as (local, remote):
         async with joined(plane, local, remote, slice_bytes=100) as pair:
             permit = HeldPermit()

@@ -58,13 +58,11 @@ def test_slots_of_a_box_are_those_of_the_layout() -> None:
 
 @pytest.mark.parametrize("max_bytes", [1, 100, 500, 700, 1 << 20])
 @pytest.mark.parametrize(("first_slot", "num_slots"), [(0, SIZE), (1, 2)])
-@pytest.mark.parametrize("is_streaming", [False, True])
 @pytest.mark.parametrize("is_native", [False, True])
 def test_copies_are_bounded_and_complete(
     max_bytes: int,
     first_slot: int,
     num_slots: int,
-    is_streaming: bool,
     is_native: bool,
     monkeypatch,
 ) -> None:
@@ -87,7 +85,7 @@ def test_copies_are_bounded_and_complete(
                 slice_bytes = copies.runs(first, end)[2].sum()
                 assert slice_bytes <= max(max_bytes, head_bytes)
                 num_bytes += slice_bytes
-                copies.copy(first, end, is_streaming=is_streaming)
+                copies.copy(first, end)
                 assert copies.are_done(first, end)
             assert num_bytes == copies.num_bytes
         expected = np.zeros_like(remote.blocks())
@@ -134,10 +132,9 @@ def test_runs_of_any_length_and_place_are_copied_whole(
         max_size=6,
     ),
     st.integers(0, 63),
-    st.booleans(),
 )
 def test_runs_of_blocks_of_any_length_and_place_are_copied_whole(
-    gaps_and_lengths: list[tuple[int, int]], shift: int, is_streaming: bool
+    gaps_and_lengths: list[tuple[int, int]], shift: int
 ) -> None:
     targets, sources, lengths, source, target, expected = spread(gaps_and_lengths)
     table = RunTable(targets, sources, lengths, len(target), len(source))
@@ -146,7 +143,7 @@ def test_runs_of_blocks_of_any_length_and_place_are_copied_whole(
     copies.aim(np.array([[0, 0, block, 0, 1] for block in (2, 0)], np.int64))
     for first, end in ((0, 1), (1, 2 * len(lengths))):
         if first < end:
-            copies.copy(first, end, is_streaming=is_streaming)
+            copies.copy(first, end)
     np.testing.assert_array_equal(pool, np.concatenate([expected, target, expected]))
 
 
@@ -168,7 +165,7 @@ def test_no_block_leaves_its_pool(
     copies = BlockCopies(np.zeros(24, np.uint8), np.zeros(24, np.uint8), RunTable(*columns, 8, 8))
     copies.aim(np.array([[here, 0, there, 0, 1]]))
     with pytest.raises(IndexError):
-        copies.copy(0, end, is_streaming=True)
+        copies.copy(0, end)
 
 
 @pytest.mark.parametrize("is_native", [False, True])
@@ -202,7 +199,7 @@ def test_a_pool_that_is_not_host_memory_is_copied_once_a_push() -> None:
             plan = CopyPlan(source.blocks, target, max_bytes=1 << 20)
             for copies in plan.copies(source, parts, WHOLE):
                 for first, end in copies.slices(1 << 20):
-                    copies.copy(first, end, is_streaming=False)
+                    copies.copy(first, end)
             blocks, arrived = memory.blocks(), remote.blocks()
             np.testing.assert_array_equal(arrived[0, :, :, :, 1:4], blocks[9, :, :, :, 1:4])
             np.testing.assert_array_equal(arrived[1], blocks[4])

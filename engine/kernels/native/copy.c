@@ -28,7 +28,7 @@ struct chunk {
 };
 
 #if defined(__x86_64__)
-enum { LINE_BYTES = 64, CHUNK_BYTES = 4096 };
+enum { LINE_BYTES = 64, CHUNK_BYTES = 4096, WIDTH = 4 };
 
 static inline void stream_line(char *to, const char *from) {
     const __m128i *source = (const __m128i *)from;
@@ -56,25 +56,29 @@ static int is_whole(const struct chunk *some) {
     return some->num_bytes == CHUNK_BYTES && ((intptr_t)some->to & (LINE_BYTES - 1)) == 0;
 }
 
-/* Stores past the cache: without them each line of the target is read before it is written. Two
- * pages side by side keep more of memory's channels busy than one, and the next two are fetched
+/* Stores past the cache: without them each line of the target is read before it is written. Four
+ * pages side by side keep more of memory's channels busy than one, and the next four are fetched
  * meanwhile, where the hardware, which stops at the end of a page, does not look.
- * queue: four chunks, the later of them perhaps empty. Returns how many are done. */
+ * queue: the chunks that come next, at least one; the others may be empty. Returns how many were
+ * copied. */
 static int stream(const struct chunk *queue) {
-    if (!is_whole(queue) || !is_whole(queue + 1)) {
+    int num_whole = 0;
+    while (num_whole < WIDTH && is_whole(queue + num_whole)) ++num_whole;
+    if (num_whole < WIDTH) {
         stream_one(queue[0], queue[1].num_bytes ? queue[1].from : queue[0].from);
         return 1;
     }
-    struct chunk first = queue[0], second = queue[1];
-    const char *third = queue[2].num_bytes ? queue[2].from : first.from;
-    const char *fourth = queue[3].num_bytes ? queue[3].from : first.from;
-    for (int64_t place = 0; place < CHUNK_BYTES; place += LINE_BYTES) {
-        _mm_prefetch(third + place, _MM_HINT_T0);
-        _mm_prefetch(fourth + place, _MM_HINT_T0);
-        stream_line(first.to + place, first.from + place);
-        stream_line(second.to + place, second.from + place);
+    struct chunk now[WIDTH];
+    const char *next[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) {
+        now[i] = queue[i];
+        next[i] = queue[WIDTH + i].num_bytes == CHUNK_BYTES ? queue[WIDTH + i].from : now[i].from;
     }
-    return 2;
+    for (int64_t place = 0; place < CHUNK_BYTES; place += LINE_BYTES) {
+        for (int i = 0; i < WIDTH; ++i) _mm_prefetch(next[i] + place, _MM_HINT_T0);
+        for (int i = 0; i < WIDTH; ++i) stream_line(now[i].to + place, now[i].from + place);
+    }
+    return WIDTH;
 }
 #endif
 
@@ -103,14 +107,14 @@ static struct chunk run_at(const struct block_copy *all, const int64_t *row, int
 }
 
 #if defined(__x86_64__)
-static void stream_all(const struct block_copy *all, const int64_t *rows, int64_t first,
+static void copy_all(const struct block_copy *all, const int64_t *rows, int64_t first,
                        int64_t count) {
-    struct chunk queue[4] = {{0}}, rest = {0};
+    struct chunk queue[2 * WIDTH] = {{0}}, rest = {0};
     const int64_t *row = rows + first / all->num_runs * ROW;
     int64_t run = first % all->num_runs;
     int filled = 0;
     for (;;) {
-        while (filled < 4 && (rest.num_bytes || count)) {
+        while (filled < 2 * WIDTH && (rest.num_bytes || count)) {
             if (!rest.num_bytes) {
                 rest = run_at(all, row, run);
                 --count;
@@ -123,26 +127,15 @@ static void stream_all(const struct block_copy *all, const int64_t *rows, int64_
         }
         if (!filled) break;
         int done = stream(queue);
-        for (int i = 0; i < 4; ++i) queue[i] = i + done < filled ? queue[i + done] : (struct chunk){0};
         filled -= done;
+        memmove(queue, queue + done, (size_t)filled * sizeof *queue);
+        memset(queue + filled, 0, (size_t)done * sizeof *queue);
     }
     _mm_sfence();
 }
-#endif
-
-/* Runs [first, first + count) of the blocks that `rows` name, numbered block by block; count > 0.
- * Nothing overlaps. is_streaming: they are more than the caches hold, or nobody here reads them soon.
- * Returns 0, or -1 when a block is not inside its pool; then nothing was copied. */
-EXPORT int isthmus_copy_blocks(const struct block_copy *all, const int64_t *rows, int64_t first,
-                               int64_t count, int is_streaming) {
-    if (!are_inside(all, rows, first, count)) return -1;
-#if defined(__x86_64__)
-    if (is_streaming) {
-        stream_all(all, rows, first, count);
-        return 0;
-    }
-#endif
-    (void)is_streaming;
+#else
+static void copy_all(const struct block_copy *all, const int64_t *rows, int64_t first,
+                     int64_t count) {
     const int64_t *row = rows + first / all->num_runs * ROW;
     int64_t run = first % all->num_runs;
     for (; count; --count) {
@@ -150,6 +143,15 @@ EXPORT int isthmus_copy_blocks(const struct block_copy *all, const int64_t *rows
         memcpy(some.to, some.from, (size_t)some.num_bytes);
         if (++run == all->num_runs) run = 0, row += ROW;
     }
+}
+#endif
+
+/* Runs [first, first + count) of the blocks that `rows` name, numbered block by block; count > 0.
+ * Nothing overlaps. Returns 0, or -1 when a block is not inside its pool; then nothing was copied. */
+EXPORT int isthmus_copy_blocks(const struct block_copy *all, const int64_t *rows, int64_t first,
+                               int64_t count) {
+    if (!are_inside(all, rows, first, count)) return -1;
+    copy_all(all, rows, first, count);
     return 0;
 }
 
