@@ -166,7 +166,7 @@ def num_alike(rows: Offsets) -> int:
 
 def _address(rows: Offsets) -> int:
     """Of contiguous, writable rows; `rows.ctypes` takes three times as long."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(rows)) if len(rows) else 0
+    return ctypes.addressof(ctypes.c_char.from_buffer(rows.data)) if len(rows) else 0
 
 
 def copy_runs(

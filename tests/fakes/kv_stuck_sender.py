@@ -40,7 +40,7 @@ def hang_in_send(sock: Any, *buffers: bytes | memoryview, **_: Any) -> None:
 
 async def main(address: str, plane: str) -> None:
     if plane == "shm":
-        BlockCopies.copy = hang_in_copy  # type: ignore[method-assign]
+        BlockCopies.copy = hang_in_copy  # type: ignore[assignment, method-assign]
     else:
         stream.send = hang_in_send
     config = replace(FAST, data_plane=DataPlane(plane))

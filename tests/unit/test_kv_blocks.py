@@ -149,9 +149,11 @@ def test_runs_of_blocks_of_any_length_and_place_are_copied_whole(
 
 @pytest.mark.parametrize("run", [(7, 0, 2), (0, -1, 2), (0, 0, -1)])
 def test_no_run_leaves_its_block(run: tuple[int, int, int]) -> None:
-    columns = (np.array([number], np.int64) for number in run)
+    there, here, length = (np.array([number], np.int64) for number in run)
     with pytest.raises(IndexError):
-        BlockCopies(np.zeros(24, np.uint8), np.zeros(24, np.uint8), RunTable(*columns, 8, 8))
+        BlockCopies(
+            np.zeros(24, np.uint8), np.zeros(24, np.uint8), RunTable(there, here, length, 8, 8)
+        )
 
 
 @pytest.mark.parametrize("is_native", [False, True])
@@ -161,8 +163,10 @@ def test_no_block_leaves_its_pool(
 ) -> None:
     if not is_native:
         monkeypatch.setattr(copying, "_native", None)
-    columns = (np.array([number], np.int64) for number in (0, 0, 4))
-    copies = BlockCopies(np.zeros(24, np.uint8), np.zeros(24, np.uint8), RunTable(*columns, 8, 8))
+    offset, length = np.array([0], np.int64), np.array([4], np.int64)
+    copies = BlockCopies(
+        np.zeros(24, np.uint8), np.zeros(24, np.uint8), RunTable(offset, offset, length, 8, 8)
+    )
     copies.aim(np.array([[here, 0, there, 0, 1]]))
     with pytest.raises(IndexError):
         copies.copy(0, end)
