@@ -61,7 +61,7 @@ class KvWriter(Protocol):
     name: str
     """Label of the data plane in reports and metrics."""
     is_copying: bool
-    """A write is a copy in memory and waits for nobody."""
+    """A write is a copy in memory and nothing else."""
 
     def write(
         self,

@@ -37,7 +37,6 @@ class ShmWriter:
     """Copies into the pool of a process on this host."""
 
     name = "shm"
-    is_copying = True
 
     def __init__(
         self,
@@ -62,6 +61,7 @@ class ShmWriter:
         """
         self._slice_bytes = slice_bytes
         self._is_checked = is_checked
+        self.is_copying = not is_checked
         pool_bytes = num_blocks * layout.block_bytes
         self._fd = _open_offer(offer, pool_bytes)
         try:

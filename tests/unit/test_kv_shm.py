@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from engine.errors import KvLeaseLostError, PeerUnavailableError
-from kv_transfer import range_lock
+from kv_transfer import local_sending_rank, range_lock
 from kv_transfer.blocks import BlockSource, host_blocks, source_from
 from kv_transfer.local_sending_rank import LocalLink, WriterChoice
 from kv_transfer.offer import RankOffer, ShmOffer
@@ -142,6 +142,35 @@ async def test_a_failure_of_a_link_that_is_kept_holds_nothing_of_the_receivers(c
         assert [name for name in new if not name.startswith("thread")] == []
         assert not caplog.records
         intake.close()
+
+
+async def test_a_small_push_is_there_at_once_but_never_before_one_that_was_asked_for_earlier(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(local_sending_rank, "QUICK_BYTES", TINY_LAYOUT.block_bytes)
+    go_on = threading.Event()
+
+    class HeldPermit(WritePermit):
+        def check(self) -> None:
+            assert go_on.wait(10)
+
+    with pair() as (intake, writer, remote), HostMemory().fill_randomly(1) as local:
+        target = Target("d0", RankOffer(intake.offer, None), TINY_LAYOUT, 16, "", WHOLE)
+        link = LocalLink(local, host_blocks(local), [target], [WriterChoice(writer, None)])
+        assert link.write(permit(FakeClock()), ONE_BLOCK).done()
+        np.testing.assert_array_equal(remote.rows()[3], local.rows()[0])
+        two_blocks = [SlotRange(1, 0, 4, 0, 4), SlotRange(2, 0, 5, 0, 4)]
+        large = link.write(HeldPermit(LEASE_ID, 1, FakeClock(), 0), two_blocks)
+        small = link.write(permit(FakeClock()), [SlotRange(3, 0, 6, 0, 4)])
+        assert not large.done()
+        assert not small.done()
+        assert not remote.rows()[6].any()
+        go_on.set()
+        assert await large == 2 * await small == 2 * TINY_LAYOUT.block_bytes
+        np.testing.assert_array_equal(remote.rows()[4:7], local.rows()[1:4])
+        await asyncio.sleep(0)
+        assert link.write(permit(FakeClock()), ONE_BLOCK).done()
+        link._thread.shutdown()
 
 
 def test_the_fence_waits_for_a_slice_that_is_under_way() -> None:
