@@ -87,7 +87,7 @@ class ShmWriter:
         parts: Sequence[SlotRange],
         transfers: Sequence[Transfer],
     ) -> int:
-        plan = self._plan_for(source.blocks)
+        plan = self._plan_for(source)
         num_bytes = 0
         for copies in plan.copies(source, parts, transfers):
             num_bytes += copies.num_bytes
@@ -101,12 +101,14 @@ class ShmWriter:
                         raise KvCorruptionError("shm: what was written is not what is there")
         return num_bytes
 
-    def _plan_for(self, source: HostBlocks) -> CopyPlan:
+    def _plan_for(self, source: BlockSource) -> CopyPlan:
+        """Kept for a pool; what was read from a device goes with its push."""
         plan = self._plan
-        if plan is None or plan.source is not source:
+        if plan is None or plan.source is not source.blocks:
             assert self._blocks is not None, "write after close"
-            plan = CopyPlan(source, self._blocks, max_bytes=self._slice_bytes)
-            self._plan = plan
+            plan = CopyPlan(source.blocks, self._blocks, max_bytes=self._slice_bytes)
+            if source.index_of is None:
+                self._plan = plan
         return plan
 
     def close(self) -> None:
