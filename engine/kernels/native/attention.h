@@ -71,15 +71,25 @@ INLINE void locate_rows(const attention_job *job, const attention_unit *unit, un
 }
 
 /* Reads rows with scales back, so that packing finds rows of the job's dtype. */
-INLINE void unscale_rows(int dtype, const attention_job *job, unit_memory *memory, int64_t count) {
-    int64_t dim = job->kv.head_dim, row_bytes = dim * (dtype == DTYPE_F32 ? 4 : 2);
+INLINE void unscale_chunk(int dtype, const int64_t scaling, const int is_whole, int64_t dim,
+                          unit_memory *memory, int64_t count) {
+    int64_t row_bytes = dim * (dtype == DTYPE_F32 ? 4 : 2);
     char *keys = memory->unscaled, *values = keys + KEY_CHUNK * row_bytes;
     for (int64_t key = 0; key < count; ++key, keys += row_bytes, values += row_bytes) {
-        unscale_row(dtype, job->kv.scaling, memory->key_rows[key], dim, keys);
-        unscale_row(dtype, job->kv.scaling, memory->value_rows[key], dim, values);
+        unscale_row(dtype, scaling, is_whole, memory->key_rows[key], dim, keys);
+        unscale_row(dtype, scaling, is_whole, memory->value_rows[key], dim, values);
         memory->key_rows[key] = keys;
         memory->value_rows[key] = values;
     }
+}
+INLINE void unscale_rows(int dtype, const attention_job *job, unit_memory *memory, int64_t count) {
+    int64_t dim = job->kv.head_dim;
+    if (dim % LANES)
+        unscale_chunk(dtype, job->kv.scaling, 0, dim, memory, count);
+    else if (job->kv.scaling == SCALING_INT8)
+        unscale_chunk(dtype, SCALING_INT8, 1, dim, memory, count);
+    else
+        unscale_chunk(dtype, SCALING_FP8, 1, dim, memory, count);
 }
 
 INLINE void pack_query(int dtype, const attention_job *job, const attention_unit *unit,
