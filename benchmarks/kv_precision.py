@@ -35,6 +35,8 @@ TEXTS = Path(__file__).parent.parent / "docs" / "decisions"
 """In the order of their names; nobody trained on them."""
 NUM_TOKENS = 1024
 DECODE_SEQUENCES = 8
+MIN_WIDTH = 120
+"""Columns that the table needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
     text = "\n".join(each.read_text(encoding="utf-8") for each in texts)
     found = load_text_model(path).tokenizer.encode_now(text, add_special_tokens=True)
     token_ids = found[: NUM_TOKENS // 2 if options.quick else NUM_TOKENS]
-    console = Console()
+    console = Console(width=max(MIN_WIDTH, Console().width))
     rows: list[Row] = []
     with console.status("measuring") as status:
         reference: torch.Tensor | None = None
