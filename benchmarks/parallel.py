@@ -21,14 +21,23 @@ from benchmarks.ranks.collectives import CollectiveRow, collectives_table, measu
 from benchmarks.ranks.loads import CHUNK_TOKENS, Load, LoadRow, LoadsTask, measure_loads
 from benchmarks.ranks.processes import text_table
 from engine.parallel import ParallelLayout
+from engine.parallel.kv_exchange import KvExchange
 from engine.scheduling.micro_batch import bubble_share
 
-FORMAT = "isthmus-parallel-3"
+FORMAT = "isthmus-parallel-4"
 TABLES = ("collectives", "layouts", "overlap", "pipeline", "sequence", "experts")
 LAYOUTS = ("1", "tp=2", "pp=2", "pp=2,interleave=2", "sp=2", "tp=3", "tp=2,pp=2")
 PIPELINES = ("pp=2", "pp=2,interleave=2", "pp=3")
 MICRO_BATCHES = (1, 2, 4, 8)
-PROMPT_TOKENS = (2048, 8192, 32768)
+PROMPTS = ((2048, 512), (8192, 2048), (8192, 512), (32768, 512))
+"""Tokens that are split along the sequence, and those of a step."""
+EXCHANGES = (
+    ("1", True, None),
+    ("sp=2", True, KvExchange.GATHER),
+    ("sp=2", False, KvExchange.GATHER),
+    ("sp=2", False, KvExchange.RING),
+)
+"""Of their keys and values: layout, whether ranks share memory, and how."""
 EXPERT_LAYOUTS = ("1", "tp=2", "tp=2,ep=2", "dp=2,ep=2")
 SKEW = 4.0
 """Of the second expert table; see `write_experts`."""
@@ -148,29 +157,31 @@ def measure_pipeline(folder: Path, device: str, *, is_quick: bool) -> list[Pipel
 def measure_sequence(folder: Path, device: str, *, is_quick: bool) -> list[LoadRow]:
     """Long prompts split along their tokens, on two layers: all layers of a model are alike."""
     model = str(write_dense(folder / "two-layers", num_layers=2))
-    prompts = [
-        Load(
-            name=f"prefill {num_tokens}",
+    prompts: dict[int, list[Load]] = {}
+    for num_tokens, step_tokens in PROMPTS[: 2 if is_quick else None]:
+        load = Load(
+            name=f"prefill {num_tokens} by {step_tokens}",
             num_prompts=1,
             prompt_tokens=num_tokens,
             answer_tokens=1,
-            num_repeats=1,
+            num_repeats=3 if num_tokens <= 8192 else 1,
         )
-        for num_tokens in PROMPT_TOKENS[: 2 if is_quick else None]
-    ]
-    ways = [("1", True), ("sp=2", True), ("sp=2", False)]
+        prompts.setdefault(step_tokens, []).append(load)
     return [
         row
-        for layout, has_shared_memory in ways
+        for layout, has_shared_memory, kv_exchange in EXCHANGES
         if layout in _with_a_device([layout], device)
+        for step_tokens, loads in prompts.items()
         for row in measure_loads(
             LoadsTask(
                 model=model,
                 layout=layout,
                 dtype="auto",
                 device=device,
-                loads=prompts,
+                loads=loads,
+                step_tokens=step_tokens,
                 has_shared_memory=has_shared_memory,
+                kv_exchange=kv_exchange,
             )
         )
     ]
@@ -205,7 +216,8 @@ def layouts_table(rows: Sequence[LoadRow], num_cores: int) -> str:
         [
             f"{load}, {row.layout}{_crowded(row.layout, num_cores)}"
             + ("" if row.has_shared_memory else " over TCP")
-            + ("" if row.is_overlapped else ", not overlapped"),
+            + ("" if row.is_overlapped else ", not overlapped")
+            + ("" if row.kv_exchange is None or row.layout == "1" else f", {row.kv_exchange}"),
             row.threads_per_rank,
             f"{row.median_ms:.1f}",
             f"{row.tokens_per_s:.0f}",

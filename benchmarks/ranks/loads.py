@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -17,6 +17,7 @@ import numpy as np
 from benchmarks.ranks.processes import device_of_rank, run_on_ranks, take_own_cores
 from engine.config import CollectivesConfig, EngineConfig
 from engine.parallel import ParallelLayout, RankEnvironment, join_group, overlap
+from engine.parallel.kv_exchange import KvExchange
 from engine.request import Request, SamplingParams
 from engine.runtime.build import ModelEngine, build_engine, build_follower
 from engine.runtime.commands import ErrorEvent, SequenceMode
@@ -27,7 +28,7 @@ from engine.runtime.rank_message import ExpertTokens, RankTimes
 from mesh.metrics import imbalance_of
 
 CHUNK_TOKENS = 512
-"""Of one step."""
+"""Of one step, where nothing else is said."""
 _MAX_SEQUENCES = 16
 _MAX_CONTEXT_TOKENS = 40_000
 _REPORT_TIMEOUT_S = 5.0
@@ -53,6 +54,8 @@ class LoadRow:
     load: str
     has_shared_memory: bool
     is_overlapped: bool
+    kv_exchange: str | None
+    """None: as the worker chose."""
     num_micro_batches: int | None
     """None: as the worker chose."""
     median_ms: float
@@ -77,10 +80,14 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     device: str
     loads: list[Load]
     num_micro_batches: int | None = None
+    step_tokens: int = CHUNK_TOKENS
+    """At most, in one step."""
     has_shared_memory: bool = True
     """False: as ranks of several hosts."""
     is_overlapped: bool = True
     """False: a rank waits for each exchange, also where it could compute meanwhile."""
+    kv_exchange: KvExchange | None = None
+    """None: as the worker chooses."""
     is_for_prompts: bool = False
     """Stages are cut as in a prefill worker."""
 
@@ -97,15 +104,16 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
             has_prefix_cache=False,
             kv_pool_bytes=512 << 20,
             max_context_tokens=_context_tokens(self.loads),
-            max_num_batched_tokens=CHUNK_TOKENS,
+            max_num_batched_tokens=self.step_tokens,
             max_num_sequences=_MAX_SEQUENCES,
-            shared_step_tokens_per_thread=CHUNK_TOKENS,
+            shared_step_tokens_per_thread=self.step_tokens,
             num_micro_batches=self.num_micro_batches,
             num_threads=num_threads,
         )
         cores, path = CoreShare.alone(num_threads), Path(self.model)
         collectives = CollectivesConfig(has_shared_memory=self.has_shared_memory)
         with join_group(layout, place, config=collectives, device=device) as group:
+            group.axes = replace(group.axes, kv_exchange=self.kv_exchange)
             membership: Membership | None = None
             if layout.num_ranks > 1:
                 membership = connect_ranks(group, collectives, host=place.master_address)
@@ -157,6 +165,7 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
             load=load.name,
             has_shared_memory=self.has_shared_memory,
             is_overlapped=self.is_overlapped,
+            kv_exchange=None if self.kv_exchange is None else self.kv_exchange.value,
             num_micro_batches=self.num_micro_batches,
             median_ms=median_s * 1e3,
             tokens_per_s=tokens / median_s,

@@ -43,6 +43,9 @@ class SequenceSplit:
     """Of each rank of the sequence axis."""
     slot_N: torch.Tensor
     """int64 `slot_T` of each rank, in rank order."""
+    ring: tuple[KeySpans, ...] | None
+    """Where keys and values go round a ring: what this rank's queries see of each rank's tokens, of
+    its own with all that earlier steps computed. None where they are gathered."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

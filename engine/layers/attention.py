@@ -12,16 +12,16 @@ from engine.kernels.interface import AttentionParts, HeadShape, Kernels
 from engine.kv_cache.batch import StepBatch
 from engine.layers.norm import HeadsNorm, NormWeight, RmsNorm
 from engine.layers.sinks import Sinks
+from engine.layers.split_attention import attend
 from engine.parallel.axes import AxisGroup
 from engine.parallel.linear import QkvParallelLinear, RowParallelLinear
-from engine.parallel.sequence import gather_kv
 
 
 class Attention(nn.Module):
     """Projects, rotates, stores keys and values, attends: this rank's summand over the tensor axis.
 
-    Where the batch is split, one all-gather over the sequence axis. Where queries and keys are
-    normalised at full width, two all-reduces of a number a token over the tensor axis.
+    Where the batch is split, the collectives of `attend` over the sequence axis. Where queries and
+    keys are normalised at full width, two all-reduces of a number a token over the tensor axis.
     """
 
     def __init__(
@@ -107,11 +107,8 @@ class Attention(nn.Module):
             k_norm_A=None if self.k_norm is None else self.k_norm.weight_D,
             norm_eps=self._norm_eps,
         )
-        gather_kv(kv_PJGCA, batch, self._sequence)
-        o_THA = self._kernels.attention(
-            q_THA,
-            kv_PJGCA,
-            batch,
+        o_THA = attend(
+            *(q_THA, kv_PJGCA, batch, self._sequence, self._kernels),
             scale=self._scale,
             window=self._window,
             score_cap=self._score_cap,

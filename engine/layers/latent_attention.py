@@ -19,10 +19,10 @@ from engine.checkpoint.form import LatentForm
 from engine.kernels.interface import HeadShape, Kernels
 from engine.kv_cache.batch import StepBatch
 from engine.layers.norm import RmsNorm
+from engine.layers.split_attention import attend
 from engine.parallel.axes import AxisGroup
 from engine.parallel.heads import features_of, head_split
 from engine.parallel.linear import ColumnParallelLinear, RowParallelLinear
-from engine.parallel.sequence import gather_kv
 from engine.parallel.shard import ShardedModule, ShardSpec
 
 
@@ -58,7 +58,7 @@ class LatentAttention(nn.Module):
     """Projects, rotates, stores the latent vector, attends: a summand over the tensor axis.
 
     The latent vector is computed on every rank of the axis; heads are split. Where the batch is
-    split, one all-gather over the sequence axis.
+    split, the collectives of `attend` over the sequence axis.
     """
 
     def __init__(
@@ -134,10 +134,11 @@ class LatentAttention(nn.Module):
         rope_TA = kernels.rotate(self._halves(rope_TA.unsqueeze(1)), cos_TA, sin_TA).squeeze(1)
         latent_TA = torch.cat((self.latent_norm(latent_TK), rope_TA), 1)
         kernels.store_latent(latent_TA, kv_PJGCA, batch, value_dim=form.kv_rank)
-        gather_kv(kv_PJGCA, batch, self._sequence)
-        q_THA = self._queries(x_TD, cos_TA, sin_TA)
-        o_THK = kernels.attention(
-            q_THA, kv_PJGCA, batch, scale=self._scale, window=None, value_dim=form.kv_rank
+        o_THK = attend(
+            *(self._queries(x_TD, cos_TA, sin_TA), kv_PJGCA, batch, self._sequence, kernels),
+            scale=self._scale,
+            window=None,
+            value_dim=form.kv_rank,
         )
         o_HTU = torch.bmm(o_THK.transpose(0, 1), self.projections.value_HKU)
         y_TD: torch.Tensor = self.output(o_HTU.transpose(0, 1).flatten(1))

@@ -65,6 +65,7 @@ class CausalLM(nn.Module):
         """This rank's KV heads, counted over the whole model."""
         self.sequence = axes.sp
         """The ranks among which the tokens of a step may be split."""
+        self.kv_exchange = axes.kv_exchange
         ranges = stage_layers(
             config,
             axes.pp.size,

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from engine.parallel.collectives import Collectives
+from engine.parallel.kv_exchange import KvExchange
 from engine.parallel.layout import Axis, ParallelLayout
 from engine.parallel.traffic import Traffic
 
@@ -192,6 +193,32 @@ class AxisGroup:
         self._timed(x.nbytes, lambda collectives: collectives.receive(flat, source))
         return x
 
+    def begin_shift(self, x: torch.Tensor, num_rows: int) -> Callable[[], torch.Tensor]:
+        """Send to the rank after; the function returned waits for what the rank before sends.
+
+        What the calling thread does in between hides the exchange, if the axis
+        `is_in_background`; `x` must not be changed meanwhile. Order is that of
+        `Collectives.begin_all_reduce`. Only what is waited for counts as traffic's time.
+
+        Args:
+            x: rows along the first dim.
+            num_rows: what comes has so many, and is else like `x`.
+        """
+        x = x.contiguous()
+        out = x.new_empty((num_rows, *x.shape[1:]))
+        num_bytes = max(x.nbytes, out.nbytes)
+        finish = self._timed(num_bytes, lambda to: to.begin_shift(x.view(-1), out.view(-1)))
+
+        def shifted() -> torch.Tensor:
+            start_s = time.perf_counter()
+            try:
+                finish()
+            finally:
+                self.traffic.add_wait(time.perf_counter() - start_s)
+            return out
+
+        return shifted
+
     def barrier(self) -> None:
         """Return when every rank of the axis has come here."""
         if self.size > 1:
@@ -234,6 +261,8 @@ class ParallelAxes:
     """Layer ranges on each rank of the pipeline."""
     is_for_prompts: bool = False
     """Stages cost alike for prompts; else for tokens that are decoded."""
+    kv_exchange: KvExchange | None = None
+    """Of split steps, where it is not to be chosen by size."""
 
     @classmethod
     def single(cls) -> "ParallelAxes":
@@ -264,4 +293,4 @@ class ParallelAxes:
             )
             for axis in Axis
         }
-        return cls(**groups, interleave=layout.interleave, is_for_prompts=False)
+        return cls(**groups, interleave=layout.interleave, is_for_prompts=False, kv_exchange=None)

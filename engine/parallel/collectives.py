@@ -7,7 +7,7 @@ import torch
 
 from engine.config import CollectivesConfig
 
-__all__ = ["Collectives", "CollectivesConfig"]
+__all__ = ["Collectives", "CollectivesConfig", "shift_lengths"]
 
 
 class Collectives(Protocol):
@@ -41,6 +41,13 @@ class Collectives(Protocol):
         Until then `x` must not be touched. Other calls may come in between, the same on all ranks;
         several that were begun are finished in the order they were begun in. Where
         `is_in_background` is false this does all of it.
+        """
+
+    def begin_shift(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+        """Start to send to the rank after, round the group, and to receive from the rank before.
+
+        `out` is as large as what that rank sends, and filled once the function returned was called;
+        `x` must not be changed until then. Order as of `begin_all_reduce`.
         """
 
     def all_gather(self, x: torch.Tensor, out: torch.Tensor, lengths: Sequence[int]) -> None:
@@ -79,3 +86,12 @@ class Collectives(Protocol):
 
     def close(self) -> None:
         """Give up buffers and connections; the other ranks need not be there any more."""
+
+
+def shift_lengths(
+    x: torch.Tensor, out: torch.Tensor, rank: int, size: int
+) -> tuple[list[int], list[int]]:
+    """Arguments of `Collectives.all_to_all` that make it a shift."""
+    sends, receives = [0] * size, [0] * size
+    sends[(rank + 1) % size], receives[(rank - 1) % size] = x.numel(), out.numel()
+    return sends, receives

@@ -91,17 +91,17 @@ class LinkedCollectives(ProcessGroupCollectives):
 
         return finish_all_reduce
 
-    def _exchange(
+    def _begin_exchange(
         self,
         name: str,
         x: torch.Tensor,
         out: torch.Tensor,
         send_lengths: Sequence[int],
         receive_lengths: Sequence[int],
-    ) -> None:
+    ) -> Callable[[], None]:
         sends, receives = x.split(list(send_lengths)), out.split(list(receive_lengths))
         receives[self._rank].copy_(sends[self._rank])
-        self._begin_parts(name, sends, receives)()
+        return self._begin_parts(name, sends, receives)
 
     def _begin_parts(
         self, name: str, sends: Sequence[torch.Tensor], receives: Sequence[torch.Tensor]

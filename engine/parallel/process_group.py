@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 from torch._C._distributed_c10d import AllreduceOptions, BroadcastOptions, ProcessGroup, Work
 
+from engine.parallel.collectives import shift_lengths
 from engine.parallel.outbox import FLUSH_S
 from engine.parallel.rank_links import Exchange, OtherCallError
 from engine.parallel.store_watch import STALE_S, StoreWatch
@@ -109,6 +110,10 @@ class ProcessGroupCollectives:
     ) -> None:
         self._exchange("all_to_all", x, out, send_lengths, receive_lengths)
 
+    def begin_shift(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+        sends, receives = shift_lengths(x, out, self._rank, self._size)
+        return self._begin_exchange("shift", x, out, sends, receives)
+
     def broadcast(self, x: torch.Tensor, source: int, *, timeout_s: float | None = None) -> None:
         if x.numel() == 0:
             return
@@ -167,11 +172,21 @@ class ProcessGroupCollectives:
         send_lengths: Sequence[int],
         receive_lengths: Sequence[int],
     ) -> None:
+        self._begin_exchange(name, x, out, send_lengths, receive_lengths)()
+
+    def _begin_exchange(
+        self,
+        name: str,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        send_lengths: Sequence[int],
+        receive_lengths: Sequence[int],
+    ) -> Callable[[], None]:
         item = x.element_size()
         receives = [length * item for length in receive_lengths]
         sends = [length * item for length in send_lengths]
         sent, received = x.view(torch.uint8), out.view(torch.uint8)
-        self._do(name, lambda: self._group.alltoall_base(received, sent, receives, sends))
+        return self._begin(name, lambda: self._group.alltoall_base(received, sent, receives, sends))
 
     def _do(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engine.parallel.collectives import CollectivesConfig
+from engine.parallel.collectives import CollectivesConfig, shift_lengths
 from engine.parallel.host_board import HostBoard
 from engine.parallel.native_group import Answer, NativeGroupLibrary
 from engine.parallel.outbox import Outbox
@@ -68,6 +68,7 @@ class SharedMemoryCollectives:
         self._board = board
         self._title = title
         self._ranks = tuple(ranks)
+        self._rank = self._ranks.index(rank)
         self._timeout_ns = round(config.collective_timeout_s * 1e9)
         size = len(ranks)
         self._lengths = ctypes.c_int64 * size
@@ -78,7 +79,7 @@ class SharedMemoryCollectives:
             library.group_open(
                 board.address,
                 address,
-                self._ranks.index(rank),
+                self._rank,
                 size,
                 buffer_bytes(config, size),
                 config.mailbox_bytes,
@@ -122,6 +123,10 @@ class SharedMemoryCollectives:
             self._bytes(send_lengths, x),
             self._bytes(receive_lengths, x),
         )
+
+    def begin_shift(self, x: torch.Tensor, out: torch.Tensor) -> Callable[[], None]:
+        self.all_to_all(x, out, *shift_lengths(x, out, self._rank, len(self._ranks)))
+        return _nothing
 
     def broadcast(self, x: torch.Tensor, source: int, *, timeout_s: float | None = None) -> None:
         timeout_ns = self._timeout_ns

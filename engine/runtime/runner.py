@@ -12,13 +12,14 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from engine.kv_cache.batch import SequenceSplit, StepBatch
+from engine.kv_cache.batch import KeySpans, SequenceSplit, StepBatch
 from engine.kv_cache.pool import KvPool
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import AxisGroup
+from engine.parallel.kv_exchange import KvExchange, kv_exchange_for
 from engine.runtime.rank_message import ExpertTokens
 from engine.scheduling.micro_batch import cut_into_micro_batches, pass_order
-from engine.scheduling.sequence_split import sequence_shares
+from engine.scheduling.sequence_split import mean_context_tokens, ring_spans, sequence_shares
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
 _Table = np.ndarray[tuple[int, int], np.dtype[np.int32]]
@@ -176,12 +177,38 @@ class ModelRunner:
         plan = plan if shares is None else shares[sequence.rank]
         batch = step_batch(plan, block_size, self._device, num_threads)
         if shares is not None:
-            batch = replace(batch, split=_sequence_split(shares, block_size, self._device))
+            batch = replace(batch, split=self._split(shares))
         elif (num_parts := self.model.num_parts(plan.num_tokens)) > 1:
             parts = cut_into_micro_batches(plan, num_parts)
             batches = (step_batch(part, block_size, self._device, num_threads) for part in parts)
             batch = replace(batch, parts=tuple(batches))
         return plan, batch
+
+    def _split(self, shares: tuple[StepPlan, ...]) -> SequenceSplit:
+        ring: tuple[KeySpans, ...] | None = None
+        if self._kv_exchange(shares) is KvExchange.RING:
+            ring = tuple(map(KeySpans.of, ring_spans(shares, self.model.sequence.rank)))
+        block_size = self.pool.layout.block_size_tokens
+        slots = [
+            _places(share.chunks, _block_table(share.chunks), block_size)[1] for share in shares
+        ]
+        return SequenceSplit(
+            num_tokens=tuple(share.num_tokens for share in shares),
+            slot_N=_to_device(np.concatenate(slots), self._device),
+            ring=ring,
+        )
+
+    def _kv_exchange(self, shares: tuple[StepPlan, ...]) -> KvExchange:
+        if self.model.kv_exchange is not None:
+            return self.model.kv_exchange
+        layout, sequence = self.pool.layout, self.model.sequence
+        assert sequence.collectives is not None, "a split step has ranks to talk to"
+        num_tokens = sum(share.num_tokens for share in shares)
+        return kv_exchange_for(
+            sequence.collectives.name,
+            part_bytes=num_tokens * layout.bytes_per_token // layout.num_layers // sequence.size,
+            context_tokens=mean_context_tokens(shares),
+        )
 
     def _logits(self, hidden_TD: torch.Tensor, plan: StepPlan, batch: StepBatch) -> torch.Tensor:
         ends = accumulate(batch.query_lens)
@@ -259,18 +286,6 @@ def _places(
     position_T = np.arange(len(row_T)) + (first_B - before_B)[row_T]
     block_T, offset_T = np.divmod(position_T, block_size_tokens)
     return position_T, table_BW[row_T, block_T].astype(np.int64) * block_size_tokens + offset_T
-
-
-def _sequence_split(
-    shares: tuple[StepPlan, ...], block_size_tokens: int, device: torch.device
-) -> SequenceSplit:
-    slots = [
-        _places(share.chunks, _block_table(share.chunks), block_size_tokens)[1] for share in shares
-    ]
-    return SequenceSplit(
-        num_tokens=tuple(share.num_tokens for share in shares),
-        slot_N=_to_device(np.concatenate(slots), device),
-    )
 
 
 def _block_table(

@@ -41,7 +41,10 @@ def make_random_calls(group: RankGroup, seed: int, num_calls: int) -> list[str]:
         dtype = draw.choice(DTYPES)
         shape = random_shape(draw)
         operation = draw.choice(
-            ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "ring")
+            (
+                *("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"),
+                *("ring", "shift"),
+            )
         )
         made.append(f"call {call}: {operation} {dtype} {shape}")
         dim = draw.randrange(len(shape))
@@ -73,6 +76,13 @@ def make_random_calls(group: RankGroup, seed: int, num_calls: int) -> list[str]:
             source = draw.randrange(axis.size)
             found = axis.broadcast(tensor_of(axis.rank, call, shape, dtype), source)
             expected = tensor_of(source, call, shape, dtype)
+        elif operation == "shift":
+            if axis.size == 1:
+                continue
+            before = (axis.rank - 1) % axis.size
+            parts = [tensor_of(r, call, [sizes[r], *shape[1:]], dtype) for r in range(axis.size)]
+            found = axis.begin_shift(parts[axis.rank], sizes[before])()
+            expected = parts[before]
         else:
             before, after = (axis.rank - 1) % axis.size, (axis.rank + 1) % axis.size
             mine = tensor_of(axis.rank, call, shape, dtype)

@@ -6,7 +6,7 @@ A new family is a row of CASES.
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from engine.kernels import choose_kernels
 from engine.kv_cache.layout import KvLayout
 from engine.kv_cache.pool import KvPool
 from engine.models.build import load_model
-from engine.parallel import CollectivesConfig, RankGroup, overlap
+from engine.parallel import Axis, CollectivesConfig, RankGroup, kv_exchange, overlap
+from engine.parallel.kv_exchange import KvExchange
 from engine.runtime.runner import ModelRunner
 from engine.scheduling.micro_batch import cut_into_micro_batches
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
@@ -354,6 +355,49 @@ def test_neither_hosts_nor_turns_change_a_bit(dtype: str, checkpoints: dict[str,
     assert in_turns[0][0]["max_num_parts"] == 2
     assert torch.equal(in_turns[0][0]["logits"], by_memory[0]["logits"])
     assert in_turns[0][0]["answer"] == by_memory[0]["answer"]
+
+
+RINGS = {
+    "sp=2": ("llama-uneven", "mistral-window", "gemma2", "gpt-oss", "deepseek-v2"),
+    "sp=3": ("llama", "gemma3"),
+    "sp=4": ("llama",),
+    "tp=2,sp=2,pp=2": ("llama",),
+    "tp=2,sp=3": ("llama-uneven", "deepseek-v3"),
+}
+"""Families by what a ring must give in parts: windows, caps, sinks, latent vectors; products."""
+TCP_RINGS = {"sp=2", "sp=4"}
+
+
+def compute_each_round(group: RankGroup, paths: Sequence[str]) -> list[dict[str, Any]]:
+    """As between hosts: chosen by size, with limits that these prompts reach; else by order."""
+    if group.transports[Axis.SP] == "shm":
+        group.axes = replace(group.axes, kv_exchange=KvExchange.RING)
+    kv_exchange.RING_MIN_CONTEXT_TOKENS = kv_exchange.RING_MIN_PART_BYTES = 0
+    collectives: Any = group.axes.sp.collectives
+    num_shifts, begin_shift = 0, collectives.begin_shift
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal num_shifts
+        num_shifts += 1
+        return begin_shift(*arguments)
+
+    collectives.begin_shift = counted
+    found = compute_each(group, paths)
+    assert num_shifts > 0, "nothing went round"
+    return found
+
+
+@pytest.mark.parametrize("layout", RINGS)
+def test_keys_round_a_ring_equal_transformers(layout: str, checkpoints: dict[str, Any]) -> None:
+    names = RINGS[layout]
+    cases = [checkpoint_of(name, checkpoints) for name in names]
+    config = TCP if layout in TCP_RINGS else None
+    paths = [str(path) for path, _, _ in cases]
+    found = run_ranks(layout, compute_each_round, paths, config=config)
+    for index, (name, (_, expected, answer)) in enumerate(zip(names, cases, strict=True)):
+        ranks = [rank[index] for rank in found]
+        assert all(rank["answer"] == answer for rank in ranks), name
+        assert_logits_near(ranks, expected, name)
 
 
 def assert_logits_near(found: list[dict[str, Any]], expected: torch.Tensor, name: str = "") -> None:

@@ -18,6 +18,7 @@ def row(layout: str, median_ms: float, **changes: object) -> LoadRow:
         "load": "decode 8",
         "has_shared_memory": True,
         "is_overlapped": True,
+        "kv_exchange": None,
         "num_micro_batches": None,
         "median_ms": median_ms,
         "tokens_per_s": 8e3 / median_ms,
@@ -39,9 +40,12 @@ def test_layouts_are_held_against_one_rank_and_crowded_ones_are_marked() -> None
 
 
 def test_two_ways_to_exchange_stand_in_rows_of_their_own() -> None:
-    rows = [row("1", 30.0), row("sp=2", 20.0), row("sp=2", 40.0, has_shared_memory=False)]
+    tcp = {"has_shared_memory": False}
+    rows = [row("1", 30.0), row("sp=2", 20.0), row("sp=2", 40.0, **tcp)]
+    rows.append(row("sp=2", 30.0, kv_exchange="ring", **tcp))
     lines = parallel.layouts_table(rows, 2).splitlines()
-    assert [line.startswith("decode 8, sp=2 over TCP") for line in lines[1:]] == [0, 0, 1]
+    assert [line.startswith("decode 8, sp=2 over TCP") for line in lines[1:]] == [0, 0, 1, 1]
+    assert [line.startswith("decode 8, sp=2 over TCP, ring ") for line in lines[1:]] == [0, 0, 0, 1]
     waiting = row("tp=2", 40.0, has_shared_memory=False, is_overlapped=False)
     assert "tp=2 over TCP, not overlapped" in parallel.layouts_table([row("1", 30.0), waiting], 2)
 

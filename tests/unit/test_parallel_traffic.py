@@ -55,3 +55,10 @@ def test_traffic_is_counted_until_it_is_taken() -> None:
     traffic.add(0.25, 20)
     assert traffic.take() == TrafficReport(seconds=0.75, num_bytes=120, num_calls=2)
     assert traffic.take() == TrafficReport()
+
+
+def test_waiting_for_what_was_begun_is_time_of_the_same_call() -> None:
+    traffic = Traffic()
+    traffic.add(0.25, 100)
+    traffic.add_wait(0.5)
+    assert traffic.take() == TrafficReport(seconds=0.75, num_bytes=100, num_calls=1)

@@ -3,7 +3,12 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.scheduling.sequence_split import MIN_SHARE_TOKENS, sequence_shares
+from engine.scheduling.sequence_split import (
+    MIN_SHARE_TOKENS,
+    mean_context_tokens,
+    ring_spans,
+    sequence_shares,
+)
 from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 
 
@@ -64,3 +69,36 @@ def test_ranks_attend_to_as_many_positions(first: int, size: int, num_ranks: int
     assert max(share.num_tokens for share in shares) - min(
         share.num_tokens for share in shares
     ) <= 2  # fmt: skip
+
+
+@given(st.lists(CHUNKS, min_size=1, max_size=4), st.integers(2, 5))
+def test_what_comes_round_the_ring_is_each_chunks_context_once(
+    chunks: list[tuple[int, int, bool]], num_ranks: int
+) -> None:
+    """And of another rank nothing but what that rank computes in this step."""
+    shares = sequence_shares(plan_of(*chunks), num_ranks)
+    if shares is None:
+        return
+    for rank, share in enumerate(shares):
+        spans = ring_spans(shares, rank)
+        assert len(spans) == num_ranks
+        for index, chunk in enumerate(share.chunks):
+            seen = [position for source in spans for span in source[index] for position in span]
+            assert sorted(seen) == list(range(chunk.first_position + len(chunk.token_ids)))
+            for source, by_chunk in enumerate(spans):
+                assert list(by_chunk[index]) == sorted(by_chunk[index], key=lambda span: span.start)
+                if source == rank:
+                    continue
+                computed = {
+                    piece.first_position + offset
+                    for piece in shares[source].chunks
+                    if piece.request_id == chunk.request_id
+                    for offset in range(len(piece.token_ids))
+                }
+                assert {position for span in by_chunk[index] for position in span} <= computed
+
+
+def test_the_mean_context_counts_every_token_with_what_stands_before_it() -> None:
+    shares = sequence_shares(plan_of((100, 64, True), (0, 1, False)), 2)
+    assert shares is not None
+    assert mean_context_tokens(shares) == (sum(range(101, 165)) + 1) // 65
