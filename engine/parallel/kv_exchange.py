@@ -3,12 +3,11 @@
 from enum import StrEnum
 
 RING_MIN_CONTEXT_TOKENS = 4096
-"""Before shorter contexts attention is over before a part has come, and what is hidden is no more
-than what attention in parts costs. This and the next are measured in
-docs/decisions/0014-keys-are-gathered-or-go-round.md."""
-RING_MIN_PART_BYTES = 128 * 1024
-"""Of one rank, in one layer: 1 ms over 1 Gbit/s, while attention in parts costs 0.3 ms more for 256
-tokens of 768 bytes, and each rank's part is a turn of its own."""
+"""Before shorter contexts attention is over before a part has come. This and the next are measured
+in docs/decisions/0014-keys-are-gathered-or-go-round.md."""
+RING_MIN_PART_BYTES = 512 * 1024
+"""Of one rank, in one layer: 4 ms over 1 Gbit/s. What smaller parts hide on their way is less than
+what attention in parts costs."""
 
 
 class KvExchange(StrEnum):
@@ -25,7 +24,7 @@ def kv_exchange_for(transport: str, *, part_bytes: int, context_tokens: int) -> 
 
     Args:
         transport: `Collectives.name` of the sequence axis. Through shared memory the cores that
-            compute also copy: nothing travels meanwhile. NCCL would wait for each send's receiver.
+            compute also copy: nothing travels meanwhile. A ring over NCCL was not measured.
         part_bytes: keys and values of the step in one layer, of one rank on average.
         context_tokens: what a token of the step attends to, on average.
     """
