@@ -119,8 +119,8 @@ def measure_overlap(model: str, device: str, *, is_quick: bool) -> list[LoadRow]
             is_for_prompts=True,
         )
         for layout, has_shared_memory, is_overlapped in (
-            ("1", True, True),
-            ("tp=2", True, True),
+            ("1", True, None),
+            ("tp=2", True, None),
             ("tp=2", False, False),
             ("tp=2", False, True),
         )
@@ -216,7 +216,7 @@ def layouts_table(rows: Sequence[LoadRow], num_cores: int) -> str:
         [
             f"{load}, {row.layout}{_crowded(row.layout, num_cores)}"
             + ("" if row.has_shared_memory else " over TCP")
-            + ("" if row.is_overlapped else ", not overlapped")
+            + {None: "", True: ", overlapped", False: ", waiting"}[row.is_overlapped],
             + ("" if row.kv_exchange is None or row.layout == "1" else f", {row.kv_exchange}"),
             row.threads_per_rank,
             f"{row.median_ms:.1f}",

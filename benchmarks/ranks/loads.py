@@ -5,7 +5,6 @@ The worker is the real one (scheduler, plans to the other ranks, sampling) witho
 
 import random
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ import numpy as np
 
 from benchmarks.ranks.processes import device_of_rank, run_on_ranks, take_own_cores
 from engine.config import CollectivesConfig, EngineConfig
-from engine.parallel import ParallelLayout, RankEnvironment, join_group, overlap
+from engine.parallel import ParallelLayout, RankEnvironment, join_group
 from engine.parallel.kv_exchange import KvExchange
 from engine.request import Request, SamplingParams
 from engine.runtime.build import ModelEngine, build_engine, build_follower
@@ -53,7 +52,7 @@ class LoadRow:
     threads_per_rank: int
     load: str
     has_shared_memory: bool
-    is_overlapped: bool
+    is_overlapped: bool | None
     kv_exchange: str | None
     """None: as the worker chose."""
     num_micro_batches: int | None
@@ -84,16 +83,14 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """At most, in one step."""
     has_shared_memory: bool = True
     """False: as ranks of several hosts."""
-    is_overlapped: bool = True
-    """False: a rank waits for each exchange, also where it could compute meanwhile."""
+    is_overlapped: bool | None = None
+    """Whether a rank computes while sums over the tensor axis travel; None: as the group finds."""
     kv_exchange: KvExchange | None = None
     """None: as the worker chooses."""
     is_for_prompts: bool = False
     """Stages are cut as in a prefill worker."""
 
     def run(self, place: RankEnvironment) -> list[LoadRow]:
-        if not self.is_overlapped:
-            overlap.MIN_PART_TOKENS = sys.maxsize  # of this process alone
         layout = ParallelLayout.parse(self.layout)
         device = device_of_rank(self.device, place.local_rank)
         num_threads = take_own_cores(place.rank, layout.num_ranks)
@@ -113,6 +110,9 @@ class LoadsTask(msgspec.Struct, frozen=True, tag=True, kw_only=True):
         cores, path = CoreShare.alone(num_threads), Path(self.model)
         collectives = CollectivesConfig(has_shared_memory=self.has_shared_memory)
         with join_group(layout, place, config=collectives, device=device) as group:
+            sums = group.axes.tp.collectives
+            if sums is not None and self.is_overlapped is not None:
+                sums.is_in_background = self.is_overlapped
             group.axes = replace(group.axes, kv_exchange=self.kv_exchange)
             membership: Membership | None = None
             if layout.num_ranks > 1:

@@ -27,7 +27,8 @@ class Collectives(Protocol):
     """How bytes travel: "shm", "gloo", "nccl"."""
 
     is_in_background: bool
-    """What has begun goes on while the calling thread computes."""
+    """What has begun goes on while the calling thread computes, and takes long enough that this
+    is worth it; the same on all ranks."""
 
     def all_reduce(self, x: torch.Tensor) -> None:
         """Sum over the ranks, in place: the same bits on every rank.

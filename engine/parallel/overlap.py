@@ -12,7 +12,7 @@ def num_overlapped(axis: AxisGroup, num_tokens: int) -> int:
 
     Causal attention lets the first half of the tokens go ahead in each layer: while its sum
     travels, the second half is computed, and the other way round. 1 where nothing travels by
-    itself: ranks that share memory copy and add with the core that computes.
+    itself, or so fast that a second part would cost more.
     """
     if not axis.is_in_background or num_tokens < _NUM_PARTS * MIN_PART_TOKENS:
         return 1

@@ -35,7 +35,7 @@ class ProcessGroupCollectives:
     stream; its own watchdog ends the process when that takes too long.
     """
 
-    is_in_background = True
+    is_in_background = False  # NCCL could; whether that pays on GPUs was not measured
 
     def __init__(
         self,

@@ -193,7 +193,14 @@ def _joined(
                 timeout_s=config.join_timeout_s,
             )
             collectives[axis] = LinkedCollectives(
-                _gloo(*parts), links, ranks, rank, watch, title=title, timeout_s=timeout_s
+                _gloo(*parts),
+                links,
+                ranks,
+                rank,
+                watch,
+                title=title,
+                timeout_s=timeout_s,
+                is_probed=axis is Axis.TP,
             )
         else:
             collectives[axis] = ProcessGroupCollectives(

@@ -320,6 +320,8 @@ def compute_each_in_turns(
 ) -> list[dict[str, Any]]:
     """With steps of a few tokens cut in parts that take turns."""
     overlap.MIN_PART_TOKENS = 6  # of this process alone
+    assert group.axes.tp.collectives is not None
+    group.axes.tp.collectives.is_in_background = True  # as between hosts
     return [compute(group, path, dtype) for path in paths]
 
 
