@@ -216,7 +216,7 @@ def layouts_table(rows: Sequence[LoadRow], num_cores: int) -> str:
         [
             f"{load}, {row.layout}{_crowded(row.layout, num_cores)}"
             + ("" if row.has_shared_memory else " over TCP")
-            + {None: "", True: ", overlapped", False: ", waiting"}[row.is_overlapped],
+            + {None: "", True: ", overlapped", False: ", waiting"}[row.is_overlapped]
             + ("" if row.kv_exchange is None or row.layout == "1" else f", {row.kv_exchange}"),
             row.threads_per_rank,
             f"{row.median_ms:.1f}",
