@@ -6,7 +6,7 @@ RING_MIN_CONTEXT_TOKENS = 4096
 """Before shorter contexts attention is over before a part has come. This and the next are measured
 in docs/decisions/0014-keys-are-gathered-or-go-round.md."""
 RING_MIN_PART_BYTES = 512 * 1024
-"""Of one rank, in one layer: 4 ms over 1 Gbit/s. What smaller parts hide on their way is less than
+"""Of one rank, in one layer: 4 ms over 1 Gbit/s, where smaller parts hide on their way no more than
 what attention in parts costs."""
 
 
