@@ -13,7 +13,7 @@ from kv_transfer.peer import Peer
 from kv_transfer.plane import WritePermit
 from kv_transfer.report import HandoverReport
 from kv_transfer.reshard import num_handover_bytes
-from kv_transfer.sending_rank import RankLink
+from kv_transfer.sending_rank import RankLink, Written
 from kv_transfer.session import Session, outcome_of
 from kv_transfer.slot_ranges import SlotRange, SlotRanges, slot_ranges
 from kv_transfer.states import HANDOVERS, HandoverEvent, HandoverState
@@ -65,9 +65,7 @@ class Handover:
         )
         self._rpc_timeout_s = rpc_timeout_s
         self._end_token = num_cached_tokens
-        # Of tokens [_end_token, _end_ahead) the first layers are there.
-        self._end_ahead = self._layers_ahead = self._bytes_ahead = 0
-        self._writes: set[asyncio.Future[int]] = set()
+        self._writes: set[asyncio.Future[Written]] = set()
         self._failure: BaseException | None = None
         self._state = HandoverState.OPEN
         session.permits[permit.lease_id] = permit
@@ -90,12 +88,11 @@ class Handover:
         num_tokens: int,
         *,
         shards: Sequence[TokenShard] = (),
-        num_layers: int | None = None,
+        step: int | None = None,
     ) -> None:
         """Write the KV of tokens [first_token, first_token + num_tokens); returns when it is there.
 
-        Every rank here must have computed its part. After a push that fails, all that is
-        left is to close.
+        After a push that fails, all that is left is to close.
 
         What the receiver has already (its cached prefix, earlier pushes) is skipped. The local
         blocks must not change before this returns, or, if it is cancelled, before `close` does.
@@ -106,8 +103,8 @@ class Handover:
             num_tokens: tokens that these blocks hold from there on.
             shards: which ranks hold which of these tokens, where they are split (sp): in order,
                 without gaps.
-            num_layers: only so many first layers are there yet (a worker of one rank); a push of
-                more layers, and in the end of all, follows for the same tokens.
+            step: of this worker's engine, which computes the last of these tokens: each rank sends
+                each layer as soon as it has it. None when every rank has computed its part.
 
         Raises:
             RankDeadError: a rank of this worker is gone; the text names it.
@@ -123,9 +120,6 @@ class Handover:
             raise ValueError(
                 f"push of tokens [{first_token}, {end}) where [{first}, {self._num_tokens}) is left"
             )
-        layers = self._next_layers(end, num_layers)
-        if not layers:
-            return
         data_shard, local_blocks = pool_blocks(local_block_ids, self._num_blocks)
         parts_of_shard: dict[int, list[SlotRanges]] = {}
         for shard in self._cut_shards(shards, first_token, end):
@@ -140,23 +134,18 @@ class Handover:
                         end_token=shard.end_token,
                     )
                 )
-        is_whole = layers.stop == self._layout.full.num_layers
-        self._layers_ahead, self._end_ahead = (0, 0) if is_whole else (layers.stop, end)
-        self._end_token = end if is_whole else first
+        self._end_token = end
         try:
             ranges = {shard: SlotRanges.joined(parts) for shard, parts in parts_of_shard.items()}
-            num_bytes = await self._write(ranges, data_shard, layers)
+            num_bytes = await self._write(ranges, data_shard, step)
         except Exception as error:
             self._failure = self._failure or error
             self._move(HandoverEvent.WRITE_FAILED)
             raise
+        if num_bytes != num_handover_bytes(self.session.offer.layout, end - first):
+            raise AssertionError(f"wrote {num_bytes} bytes for {end - first} tokens")
         self.report.num_bytes += num_bytes
-        self._bytes_ahead += num_bytes
-        if is_whole:
-            if self._bytes_ahead != num_handover_bytes(self.session.offer.layout, end - first):
-                raise AssertionError(f"wrote {self._bytes_ahead} bytes for {end - first} tokens")
-            self._bytes_ahead = 0
-            self.report.num_tokens += end - first
+        self.report.num_tokens += end - first
 
     async def commit(self, first_token_id: int) -> None:
         """Tell the receiver that all is there; the sequence decodes there from now on.
@@ -232,22 +221,11 @@ class Handover:
             )
         return shards
 
-    def _next_layers(self, end_token: int, num_layers: int | None) -> range:
-        """Which layers of tokens up to `end_token` are to be pushed now."""
-        num_all = self._layout.full.num_layers
-        if num_layers is not None and self._layout.num_ranks > 1:
-            raise ValueError("layers are pushed one by one by workers of one rank")
-        if self._layers_ahead and end_token != self._end_ahead:
-            raise ValueError(
-                f"push of tokens up to {end_token} before all layers up to {self._end_ahead}"
-            )
-        return range(self._layers_ahead, num_all if num_layers is None else num_layers)
-
     async def _write(
         self,
         parts_of_shard: Mapping[int, Sequence[SlotRange]],
         data_shard: int,
-        layers: range,
+        step: int | None,
     ) -> int:
         report = self.report
         start_ns = report.computed_ns = time.time_ns()
@@ -255,36 +233,34 @@ class Handover:
         work = self.session.work_for(
             parts_of_shard, data_shard=data_shard, receiver_shard=self._receiver_shard
         )
-        is_all = len(layers) == self._layout.full.num_layers
-        writes = [self._write_to(link, parts, None if is_all else layers) for link, parts in work]
-        num_bytes = sum(await together(writes))
+        written = await together([self._write_to(link, parts, step) for link, parts in work])
         report.transfer_end_ns = time.time_ns()
-        report.write_ns += report.transfer_end_ns - start_ns
-        return num_bytes
+        report.write_ns += max((each.write_ns for each in written), default=0)
+        return sum(each.num_bytes for each in written)
 
     async def _write_to(
-        self, link: RankLink, parts: Sequence[SlotRange], layers: range | None
-    ) -> int:
+        self, link: RankLink, parts: Sequence[SlotRange], step: int | None
+    ) -> Written:
         """Once more when the bytes came to harm on their way; the lease ends it all the same."""
         try:
-            return await self._write_once(link, parts, layers)
+            return await self._write_once(link, parts, step)
         except (KvCorruptionError, PeerUnavailableError) as error:
             reason = "corrupt" if isinstance(error, KvCorruptionError) else "broken"
             logger.warning("writing again request_id=%s: %s", self.request_id, error)
             self.report.retransfers.append(reason)
-            return await self._write_once(link, parts, layers)
+            return await self._write_once(link, parts, step)
 
     async def _write_once(
-        self, link: RankLink, parts: Sequence[SlotRange], layers: range | None
-    ) -> int:
-        write = link.write(self._permit, parts, layers)
+        self, link: RankLink, parts: Sequence[SlotRange], step: int | None
+    ) -> Written:
+        write = link.write(self._permit, parts, step)
         if not write.done():
             self._writes.add(write)
             write.add_done_callback(self._end_write)
             await asyncio.wait([write])  # does not cancel it; `close` waits for the rest
         return write.result()
 
-    def _end_write(self, write: asyncio.Future[int]) -> None:
+    def _end_write(self, write: asyncio.Future[Written]) -> None:
         self._writes.discard(write)
         if not write.cancelled():
             write.exception()  # its push may have been cancelled, so that nobody looks at it

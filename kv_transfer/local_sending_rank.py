@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 
 from engine.errors import LayoutMismatchError, PeerUnavailableError
 from kv_transfer.blocks import HostBlocks, host_blocks, source_from
+from kv_transfer.computed import layers_computed
 from kv_transfer.config import Checksums, DataPlane, TransferConfig, address_from
 from kv_transfer.memory import KvMemory
 from kv_transfer.nixl_writer import NixlWriter
 from kv_transfer.offer import WILDCARD_HOSTS, NixlOffer, ShmOffer, TcpOffer
 from kv_transfer.plane import KvWriter, WritePermit
 from kv_transfer.reshard import of_layers
-from kv_transfer.sending_rank import RankLink, Target
+from kv_transfer.sending_rank import RankLink, Target, Written
 from kv_transfer.shm import ShmWriter
 from kv_transfer.slot_ranges import SlotRange, SlotRanges
 from kv_transfer.tcp_writer import tcp_writer
@@ -92,7 +94,8 @@ def _close_opened(opening: asyncio.Future[list[WriterChoice]]) -> None:
 
 
 class LocalLink:
-    """Writes one push at a time: in a thread of its own, or at once what is copied quickly."""
+    """Writes one push, or some layers of one, at a time: in a thread of its own, or at once what is
+    copied quickly."""
 
     def __init__(
         self,
@@ -119,8 +122,30 @@ class LocalLink:
         self._most_quick_slots = QUICK_BYTES // max(1, slot_bytes) if is_copied else 0
 
     def write(
-        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None = None
-    ) -> asyncio.Future[int]:
+        self, permit: WritePermit, parts: Sequence[SlotRange], step: int | None = None
+    ) -> asyncio.Future[Written]:
+        progress = self._memory.progress
+        if step is None or progress.layers_of(step) == progress.num_layers:
+            return self._write_now(permit, parts, None)
+        # Held and waited for by whoever asked, which is why no task group holds it here.
+        return asyncio.ensure_future(self._write_step(permit, parts, step))
+
+    async def _write_step(
+        self, permit: WritePermit, parts: Sequence[SlotRange], step: int
+    ) -> Written:
+        progress = self._memory.progress
+        num_bytes = write_ns = num_layers = 0
+        while num_layers < progress.num_layers:
+            end = await layers_computed(progress, step, num_layers, permit)
+            written = await self._write_now(permit, parts, range(num_layers, end))
+            num_bytes += written.num_bytes
+            write_ns += written.write_ns
+            num_layers = end
+        return Written(num_bytes, write_ns)
+
+    def _write_now(
+        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None
+    ) -> asyncio.Future[Written]:
         loop = asyncio.get_running_loop()
         if not self._num_queued and SlotRanges.of(parts).num_slots <= self._most_quick_slots:
             return self._write_at_once(loop.create_future(), permit, parts, layers)
@@ -134,25 +159,29 @@ class LocalLink:
         self._thread.submit(self._close)
         self._thread.shutdown(wait=False)
 
-    def _leave_queue(self, _: asyncio.Future[int]) -> None:
+    def _leave_queue(self, _: asyncio.Future[Written]) -> None:
         self._num_queued -= 1
 
     def _write_at_once(
         self,
-        written: asyncio.Future[int],
+        written: asyncio.Future[Written],
         permit: WritePermit,
         parts: Sequence[SlotRange],
         layers: range | None,
-    ) -> asyncio.Future[int]:
+    ) -> asyncio.Future[Written]:
         try:
             written.set_result(self._write(permit, parts, layers))
         except Exception as error:  # noqa: BLE001 - raised where it is awaited
             written.set_exception(error)
         return written
 
-    def _write(self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None) -> int:
+    def _write(
+        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None
+    ) -> Written:
+        start_ns = time.monotonic_ns()
         try:
-            return self._write_to_all(permit, parts, layers)
+            num_bytes = self._write_to_all(permit, parts, layers)
+            return Written(num_bytes, time.monotonic_ns() - start_ns)
         except BaseException as error:
             # It may be kept for long; views of the receiver's pool in its frames would keep that.
             traceback.clear_frames(error.__traceback__)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from engine.kv_cache.layout import KvLayout
+from engine.kv_cache.progress import KvProgress
 
 NONCE_BYTES = 16
 
@@ -16,6 +17,8 @@ class KvMemory(Protocol):
 
     layout: KvLayout
     num_blocks: int
+    progress: KvProgress
+    """Of the engine that computes into the blocks."""
 
     @property
     def host_bytes(self) -> memoryview | None:

@@ -27,6 +27,16 @@ class Target:
     transfers: tuple[Transfer, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a write came to."""
+
+    num_bytes: int
+    """Payload."""
+    write_ns: int
+    """Time spent writing, not waiting for KV to be computed."""
+
+
 class RankLink(Protocol):
     """From one sending rank to all ranks of one receiver that it has something for. Loop only."""
 
@@ -36,11 +46,12 @@ class RankLink(Protocol):
     """Why a faster data plane does not work; one for each target where that is so."""
 
     def write(
-        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None = None
-    ) -> asyncio.Future[int]:
-        """Write `parts` to every target, after what was asked for before; the payload bytes.
+        self, permit: WritePermit, parts: Sequence[SlotRange], step: int | None = None
+    ) -> asyncio.Future[Written]:
+        """Write `parts` to every target.
 
-        Only some of this rank's layers, where `layers` says so.
+        With a `step` of this worker's engine each layer goes as soon as that step has written it on
+        this rank, whatever other ranks have come to; without one all is there.
 
         The future ends when nothing more is written, and is not cancelled. It raises what
         `KvWriter.write` raises, and RankDeadError when the rank's process is gone.

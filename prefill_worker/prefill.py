@@ -155,29 +155,14 @@ class Prefiller:
                 raise PeerUnavailableError(
                     f"{job.decode_address} is {receiver_id}, not {job.decode_worker_id}"
                 )
-            while isinstance(event := await _newest(computed), KvComputedEvent):
+            while isinstance(event := await computed.get(), KvComputedEvent):
                 await handover.push(
-                    event.block_ids,
-                    event.first_token,
-                    event.num_tokens,
-                    num_layers=event.num_layers,
+                    event.block_ids, event.first_token, event.num_tokens, step=event.step
                 )
             if event.first is not None:
                 handover.report.computed_ns = event.first.done_ns
             await handover.commit(event.token_id)
             return handover.report
-
-
-async def _newest(
-    computed: asyncio.Queue[KvComputedEvent | TokenEvent],
-) -> KvComputedEvent | TokenEvent:
-    """The next event, without news of layers that later news of the same tokens include."""
-    event = await computed.get()
-    while isinstance(event, KvComputedEvent) and event.num_layers is not None:
-        if computed.empty():
-            return event
-        event = computed.get_nowait()  # of the same tokens: their last event has all layers
-    return event
 
 
 async def _first_token(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from engine.kv_cache.layout import KvLayout
+from engine.kv_cache.progress import KvProgress
 from engine.kv_cache.shared_blocks import shared_blocks
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class KvPool:
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = device
+        self.progress = KvProgress(layout.num_layers)
         self._fd: int | None = None
         self._map: mmap.mmap | None = None
         shape = (num_blocks, *layout.block_shape)

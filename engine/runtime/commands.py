@@ -51,15 +51,19 @@ class FirstTokenTiming:
 
 @dataclass(frozen=True, slots=True)
 class KvComputedEvent:
-    """KV of tokens [first_token, first_token + num_tokens) of a PREFILL request is in the pool."""
+    """KV of tokens [first_token, first_token + num_tokens) of a PREFILL request is in the pool.
+
+    Or is on its way there, where `step` is given.
+    """
 
     request_id: str
     block_ids: tuple[int, ...]
     """All blocks of the sequence so far, in order; they stay until the request is released."""
     first_token: int
     num_tokens: int
-    num_layers: int | None = None
-    """Of the first layers only, while the step goes on; an event of all layers (None) follows."""
+    step: int | None = None
+    """It is being computed: `KvProgress` of each rank's pool says how much of it is there. An event
+    of the same tokens, without a step, follows when all of it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,10 +171,12 @@ class PlanExecutor(Protocol):
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """As `StepEngine.watch`."""
 
-    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
-        """Have `on_layers(plan, num_layers)` called in `begin`, as first layers are computed.
+    def watch_steps(self, on_step: Callable[[StepPlan, int], bool]) -> None:
+        """Have `on_step(plan, step)` called in `begin`, before anything of the plan is computed.
 
-        Where it can tell: one rank in host memory. Not after each layer of small plans.
+        `step` is its number in `KvProgress`; the answer, whether somebody waits for its layers.
+        Only where it can be told what is written (host memory), and for plans of so much KV that it
+        is worth a message.
         """
 
     def close(self) -> None:
@@ -272,11 +274,13 @@ class Engine(Generic[Executor]):
         self.executor.watch(on_failure)
 
     def report_to(self, deliver: Callable[[list[EngineOutput]], None]) -> None:
-        def on_layers(plan: StepPlan, num_layers: int) -> None:
-            if events := self.scheduler.announce_layers(plan, num_layers):
+        def on_step(plan: StepPlan, step: int) -> bool:
+            events = self.scheduler.announce_step(plan, step)
+            if events:
                 deliver([*events])
+            return bool(events)
 
-        self.executor.watch_layers(on_layers)
+        self.executor.watch_steps(on_step)
 
     def close(self) -> None:
         self._cores.close()

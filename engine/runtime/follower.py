@@ -102,7 +102,7 @@ class Follower:
         check_plan(step.plan, self.limits, self._max_num_batched_tokens)
         grant = self._cores.begin_step()
         num_threads = grant.num_threads if self._has_settled else self._cores.most_threads
-        self._local.begin(step.plan, step.num_micro_batches, num_threads)
+        self._local.begin(step, num_threads)
         if not self._has_settled:  # the first step is a warm-up that starts every helper thread
             self._cores.settle()
             self._has_settled = True

@@ -74,9 +74,11 @@ class GroupRunner:
             layout.interleave,
             overhead_tokens=self._overhead_tokens,
         )
-        self._followers.send(Step(plan, num))
+        number, is_watched = self._local.runner.announce(plan)
+        step = Step(plan, num, number, is_watched)
+        self._followers.send(step)
         try:
-            self._local.begin(plan, num, num_threads)
+            self._local.begin(step, num_threads)
         except RankGroupError as error:
             raise self._followers.explained(error) from error
 
@@ -101,8 +103,8 @@ class GroupRunner:
 
         self._followers.start_watching(fail)
 
-    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
-        """Nothing: the other ranks end their layers at other times."""
+    def watch_steps(self, on_step: Callable[[StepPlan, int], bool]) -> None:
+        self._local.runner.watch_steps(on_step)
 
     def close(self) -> None:
         self._followers.close()

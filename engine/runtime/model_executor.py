@@ -55,8 +55,8 @@ class ModelExecutor:
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         self.runner.watch(on_failure)
 
-    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
-        self.runner.watch_layers(on_layers)
+    def watch_steps(self, on_step: Callable[[StepPlan, int], bool]) -> None:
+        self.runner.watch_steps(on_step)
 
     def close(self) -> None:
         self.runner.close()

@@ -69,6 +69,10 @@ class Step(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     plan: StepPlan
     num_micro_batches: int
+    number: int
+    """In every rank's `KvProgress`."""
+    is_watched: bool
+    """Its KV is handed over layer by layer."""
 
 
 class StartCounting(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -10,7 +10,7 @@ import torch
 
 from engine.parallel.rank_group import RankGroup
 from engine.parallel.traffic import Traffic
-from engine.runtime.rank_message import RankReport, RankTimes
+from engine.runtime.rank_message import RankReport, RankTimes, Step
 from engine.runtime.runner import ModelRunner
 from engine.scheduling.data_shard import plans_by_shard, with_pool_blocks
 from engine.scheduling.micro_batch import cut_into_micro_batches
@@ -50,8 +50,8 @@ class RankRunner:
         """One for each stage: then none need wait for another."""
         return self._num_stages
 
-    def begin(self, plan: StepPlan, num_micro_batches: int, num_threads: int) -> None:
-        """Compute this rank's part of `plan`; every rank of the worker calls it.
+    def begin(self, step: Step, num_threads: int) -> None:
+        """Compute this rank's part of a plan; every rank of the worker calls it.
 
         Every shard makes as many forward passes as the one with the most micro-batches. Sends and
         collectives are those of `ModelRunner.run`; then the ranks that have logits send them to
@@ -61,11 +61,14 @@ class RankRunner:
         if not self._begun:
             self._counted_s = start_s
         num_blocks, shard = self.runner.pool.num_blocks, self.group.axes.dp.rank
-        plans = plans_by_shard(plan, self.num_data_shards, num_blocks)
+        num_micro_batches = step.num_micro_batches
+        plans = plans_by_shard(step.plan, self.num_data_shards, num_blocks)
         own = with_pool_blocks(plans[shard], shard, num_blocks)
         batches = cut_into_micro_batches(own, num_micro_batches) if own.chunks else ()
         num_passes = max(min(num_micro_batches, each.num_tokens) for each in plans)
-        logits_BV = self.runner.run(batches, num_passes, num_threads)
+        logits_BV = self.runner.run(
+            batches, num_passes, num_threads, step.number, is_watched=step.is_watched
+        )
         world = self.group.axes.world
         if world.rank == 0:
             self._begun.append((plans, logits_BV))

@@ -28,7 +28,7 @@ _WIDTH_STEP = 8  # block tables grow by so many columns, so that their shapes re
 
 
 NEWS_BYTES = 1 << 20
-"""KV that a step has computed before others hear of it: less is not worth a message."""
+"""KV that a rank has computed of a step before others hear of it: less is not worth a message."""
 
 
 class StepRunner(Protocol):
@@ -66,8 +66,8 @@ class StepRunner(Protocol):
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """Have `on_failure` called, on any thread, if it becomes unable to go on between steps."""
 
-    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
-        """As `PlanExecutor.watch_layers`."""
+    def watch_steps(self, on_step: Callable[[StepPlan, int], bool]) -> None:
+        """As `PlanExecutor.watch_steps`."""
 
     def close(self) -> None:
         """Free what it holds."""
@@ -95,16 +95,28 @@ class ModelRunner:
         self._device = device
         self._pipeline = pipeline or AxisGroup()
         self._begun: torch.Tensor | None = None
-        self._on_layers: Callable[[StepPlan, int], None] | None = None
+        self._num_steps = 0
+        self._on_step: Callable[[StepPlan, int], bool] | None = None
 
     def begin(self, plan: StepPlan, num_threads: int) -> None:
         """Compute a plan on a worker of one rank."""
-        self._begun = self.run((plan,), 1, num_threads, self._layer_news(plan))
+        step, is_watched = self.announce(plan)
+        self._begun = self.run((plan,), 1, num_threads, step, is_watched=is_watched)
 
     def finish(self) -> torch.Tensor:
         assert self._begun is not None, "nothing has begun"
         logits_BV, self._begun = self._begun, None
         return logits_BV
+
+    def announce(self, plan: StepPlan) -> tuple[int, bool]:
+        """The next step's number, and whether somebody waits for its layers; on rank 0."""
+        self._num_steps += 1
+        is_watched = (
+            self._on_step is not None
+            and self._is_news(plan.num_tokens)
+            and self._on_step(plan, self._num_steps)
+        )
+        return self._num_steps, is_watched
 
     @torch.inference_mode()
     def run(
@@ -112,7 +124,9 @@ class ModelRunner:
         plans: Sequence[StepPlan],
         num_passes: int,
         num_threads: int,
-        on_layer: Callable[[int], None] | None = None,
+        step: int,
+        *,
+        is_watched: bool,
     ) -> torch.Tensor:
         """Compute micro-batches on this stage; returns logits_BV, float32, a row a drawing chunk.
 
@@ -125,9 +139,15 @@ class ModelRunner:
             num_passes: micro-batches of the data shard with the most. While this one has none, it
                 takes part in the experts' exchange. Sends and receives come in `pass_order`.
             num_threads: see `begin`.
-            on_layer: see `CausalLM.forward`.
+            step: its number in the pool's `KvProgress`.
+            is_watched: the progress hears of layers as the last micro-batch writes them, if that is
+                worth it, not of the end only.
         """
         pipeline, sequence, num_ranges = self._pipeline, self.model.sequence, self.model.num_ranges
+        progress = self.pool.progress
+        progress.begin(step)
+        num_tokens = sum(plan.num_tokens for plan in plans)
+        on_layer = self._layer_news(num_tokens) if is_watched and num_tokens else None
         batches: dict[int, tuple[StepPlan, StepBatch]] = {}
         logits: list[torch.Tensor] = []
         for index, range_index in pass_order(num_passes, pipeline.size, num_ranges):
@@ -141,7 +161,11 @@ class ModelRunner:
             is_last = self.model.is_last_stage and range_index == num_ranges - 1
             residual_TD = None if is_first else self._received(len(batch.token_T))
             hidden_TD = self.model.forward(
-                batch, self.pool, residual_TD, range_index, on_layer=on_layer
+                batch,
+                self.pool,
+                residual_TD,
+                range_index,
+                on_layer=on_layer if index == len(plans) - 1 else None,
             )
             if not is_last:
                 pipeline.send(hidden_TD, (pipeline.rank + 1) % pipeline.size)
@@ -149,24 +173,28 @@ class ModelRunner:
                 logits.append(self._logits(hidden_TD, plan, batch))
             if range_index == num_ranges - 1:
                 del batches[index]
+        progress.reach(progress.num_layers)
         sequence.barrier()
         if not logits:
             return torch.empty((0, 0), dtype=torch.float32, device=self._device)
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def _layer_news(self, plan: StepPlan) -> Callable[[int], None] | None:
-        """Tells of layers that are computed, if that comes in time to be of use."""
-        on_layers, layout = self._on_layers, self.pool.layout
-        if on_layers is None or self._device.type != "cpu":
-            return None
-        interval = -(-NEWS_BYTES * layout.num_layers // (plan.num_tokens * layout.bytes_per_token))
-        if interval >= layout.num_layers:
-            return None
+    def _is_news(self, num_tokens: int) -> bool:
+        """Whether it is worth a message that a step of so many tokens is being computed.
+
+        On CUDA it is not: nothing is known to be written there before the step has ended.
+        """
+        num_bytes = num_tokens * self.pool.layout.bytes_per_token
+        return self._device.type == "cpu" and num_bytes > NEWS_BYTES
+
+    def _layer_news(self, num_tokens: int) -> Callable[[int], None]:
+        """Tells of layers that are written, as soon as they are worth it."""
+        progress, num_bytes = self.pool.progress, num_tokens * self.pool.layout.bytes_per_token
+        interval = -(-NEWS_BYTES * progress.num_layers // num_bytes)
 
         def on_layer(place: int) -> None:
-            num_layers = place + 1
-            if num_layers % interval == 0 or num_layers == layout.num_layers:
-                on_layers(plan, num_layers)
+            if (place + 1) % interval == 0:
+                progress.reach(place + 1)
 
         return on_layer
 
@@ -239,8 +267,8 @@ class ModelRunner:
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """Nothing happens between steps."""
 
-    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
-        self._on_layers = on_layers
+    def watch_steps(self, on_step: Callable[[StepPlan, int], bool]) -> None:
+        self._on_step = on_step
 
     def close(self) -> None:
         self.pool.close()

@@ -471,8 +471,8 @@ class Scheduler:
             self.block_pool.register(sequence.block_ids[index], hashes[index])
         sequence.num_registered_blocks = num_full
 
-    def announce_layers(self, plan: StepPlan, num_layers: int) -> list[KvComputedEvent]:
-        """The first layers of a plan's chunks are computed; for those whose KV is handed over."""
+    def announce_step(self, plan: StepPlan, step: int) -> list[KvComputedEvent]:
+        """A plan's chunks are going to be computed; for those whose KV is handed over."""
         events = []
         for chunk in plan.chunks:
             sequence = self._sequences.get(chunk.request_id)  # a warm-up has plans of its own
@@ -481,7 +481,7 @@ class Scheduler:
                 num_tokens = chunk.first_position + len(chunk.token_ids) - first
                 events.append(
                     KvComputedEvent(
-                        chunk.request_id, tuple(sequence.block_ids), first, num_tokens, num_layers
+                        chunk.request_id, tuple(sequence.block_ids), first, num_tokens, step
                     )
                 )
         return events

@@ -157,9 +157,12 @@ class ShardedScheduler:
         chunks = tuple(chunk for plan, _ in planned for chunk in plan.chunks)
         return StepPlan(chunks), [each for _, granted in planned for each in granted]
 
-    def announce_layers(self, plan: StepPlan, num_layers: int) -> list[KvComputedEvent]:
-        """Nothing: workers of several ranks announce whole steps."""
-        return []
+    def announce_step(self, plan: StepPlan, step: int) -> list[KvComputedEvent]:
+        plans = plans_by_shard(plan, len(self.shards), self.limits.num_blocks)
+        announced = (
+            shard.announce_step(part, step) for shard, part in zip(self.shards, plans, strict=True)
+        )
+        return [event for events in announced for event in events]
 
     def commit(self, plan: StepPlan, drawn: Seq[DrawnToken], now_ns: int) -> list[EngineEvent]:
         events: list[EngineEvent] = []

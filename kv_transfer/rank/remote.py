@@ -16,7 +16,7 @@ from kv_transfer.config import address_from
 from kv_transfer.offer import RankOffer
 from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.rank import convert as rank_convert
-from kv_transfer.sending_rank import RankLink, Target
+from kv_transfer.sending_rank import RankLink, Target, Written
 from kv_transfer.slot_ranges import SlotRange
 from mesh.status import ERROR_TRAILER, error_from_rpc
 from protos.isthmus.v1 import kv_rank_pb2 as pb
@@ -116,7 +116,9 @@ class RemoteRank:
         response = await self._call(lambda: self._stub.OpenLink(request, timeout=timeout_s))
         return RemoteLink(self, response)
 
-    async def write(self, link_id: int, permit: WritePermit, parts: Sequence[SlotRange]) -> int:
+    async def write(
+        self, link_id: int, permit: WritePermit, parts: Sequence[SlotRange], step: int | None
+    ) -> Written:
         """As `RankLink.write`; what happens to the permit meanwhile is passed on.
 
         A rank that is still silent when the permit has been over for as long as a call may take is
@@ -139,6 +141,7 @@ class RemoteRank:
                 epoch=permit.epoch,
                 lease_left_ns=_left_ns(permit),
                 slots=rank_convert.slots_to_pb(parts),
+                step=step or 0,
             )
             call: aio.UnaryUnaryCall[pb.WriteRequest, pb.WriteResponse] = self._stub.Write(request)
             return call
@@ -153,7 +156,8 @@ class RemoteRank:
         try:
             async with waiting:
                 permit.on_change.add(adjust)
-                return (await self._call(make)).num_bytes
+                response = await self._call(make)
+                return Written(response.num_bytes, response.write_ns)
         except TimeoutError as error:
             raise self._dead("does not answer: it neither wrote nor stopped") from error
         finally:
@@ -222,11 +226,10 @@ class RemoteLink:
         self._link_id = opened.link_id
 
     def write(
-        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None = None
-    ) -> asyncio.Future[int]:
-        assert layers is None, "a worker of several ranks pushes all layers at once"
+        self, permit: WritePermit, parts: Sequence[SlotRange], step: int | None = None
+    ) -> asyncio.Future[Written]:
         # Held and waited for by the handover, which is why no task group holds it here.
-        return asyncio.ensure_future(self._rank.write(self._link_id, permit, parts))
+        return asyncio.ensure_future(self._rank.write(self._link_id, permit, parts, step))
 
     def close(self) -> None:
         self._rank.close_link(self._link_id)

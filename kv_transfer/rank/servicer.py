@@ -129,13 +129,13 @@ class KvRankServicer(pb_grpc.KvRankServiceServicer):
         )
         self._permits[request.write_id] = permit
         try:
-            num_bytes = await opened.link.write(permit, parts)
+            written = await opened.link.write(permit, parts, request.step or None)
         except WriteStoppedError as error:
             raise KvLeaseLostError(str(error)) from error
         finally:
             permit.stop()  # should rank 0 be gone, the thread still writes
             del self._permits[request.write_id]
-        return pb.WriteResponse(num_bytes=num_bytes)
+        return pb.WriteResponse(num_bytes=written.num_bytes, write_ns=written.write_ns)
 
     async def AdjustWrite(
         self,

@@ -7,6 +7,7 @@ from typing import Self
 import numpy as np
 
 from engine.kv_cache.layout import KvLayout
+from engine.kv_cache.progress import KvProgress
 from engine.kv_cache.shared_blocks import shared_blocks
 from kv_transfer.copying import Bytes
 
@@ -18,6 +19,7 @@ class StoreMemory:
         """Raises MemoryError when the host's memory does not suffice."""
         self.layout = layout
         self.num_blocks = num_blocks
+        self.progress = KvProgress(layout.num_layers)
         self._num_bytes = num_blocks * layout.block_bytes
         self._fd, self._map = shared_blocks(self._num_bytes)
 

@@ -1,8 +1,12 @@
-"""Any layout hands over to any other: real engines draw the tokens that one rank draws alone."""
+"""Any layout hands over to any other: real engines draw the tokens that one rank draws alone.
+
+Layers leave as they are computed. What leaves too early is not a number, and followers are slow.
+"""
 
 import asyncio
 import multiprocessing
 import random
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.config import EngineConfig
 from engine.parallel import ParallelLayout, RankGroup
 from engine.request import Request
+from engine.runtime import runner
 from engine.runtime.build import ModelEngine, build_follower
 from engine.runtime.commands import SequenceMode, TokenEvent
 from engine.runtime.engine_thread import EngineThread
 from engine.runtime.membership import Membership, pool_addresses
+from engine.scheduling.step_plan import StepPlan
 from kv_transfer.config import TransferConfig
 from kv_transfer.local_receiving_rank import LocalReceivingRank
 from kv_transfer.local_sending_rank import LocalSendingRank
@@ -104,6 +111,32 @@ def prompts() -> list[list[int]]:
     return [[draw.randrange(3, VOCAB_SIZE) for _ in range(length)] for length in LENGTHS]
 
 
+watched: list[bool] = []
+"""By step of this process, whether its layers were waited for."""
+
+
+def step_by_layers(*, is_slow: bool) -> None:
+    """Have this process tell of each layer, and spoil the slots of each step before it begins."""
+    runner.NEWS_BYTES = 1
+    run = runner.ModelRunner.run
+
+    def spoil_and_run(
+        self: runner.ModelRunner, plans: Sequence[StepPlan], *arguments: Any, **named: Any
+    ) -> torch.Tensor:
+        size = self.pool.layout.block_size_tokens
+        for chunk in (chunk for plan in plans for chunk in plan.chunks):
+            first = chunk.first_position
+            for position in range(first, first + len(chunk.token_ids)):
+                index, slot = divmod(position, size)
+                self.pool.blocks_PLJGCA[chunk.block_ids[index], :, :, :, slot] = torch.nan
+        watched.append(named["is_watched"])
+        if is_slow:
+            time.sleep(0.005)  # a write that does not wait goes by now
+        return run(self, plans, *arguments, **named)
+
+    runner.ModelRunner.run = spoil_and_run  # type: ignore[method-assign]
+
+
 def lent(membership: Membership, path: str, settings: dict[str, Any]) -> None:
     """What every rank but 0 does: compute, and let rank 0 use the pool."""
     config = EngineConfig(**{**ENGINE, **settings})
@@ -130,6 +163,7 @@ def send(
 ) -> dict[str, Any]:
     """A prefill worker: every prompt for every receiver, by name its (worker id, address)."""
     membership = member(group)
+    step_by_layers(is_slow=membership.leader is not None)
     settings = _settings(name, SENDER)
     if membership.leader is not None:
         lent(membership, path, settings)
@@ -176,6 +210,7 @@ async def _send(
                 for index in range(len(LENGTHS)):
                     tasks.create_task(hand_over(receiver, worker_id, address, index))
         assert thread.stats.num_free_blocks == thread.stats.num_blocks
+    assert any(watched)
     return found
 
 

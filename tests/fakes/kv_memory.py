@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 
 from engine.kv_cache.layout import KvLayout
+from engine.kv_cache.progress import KvProgress
 from kv_transfer.memory import NONCE_BYTES
 from kv_transfer.reshard import Box, Transfer
 
@@ -33,6 +34,7 @@ class HostMemory:
         """`path` maps a pool that another process has made."""
         self.layout = layout
         self.num_blocks = num_blocks
+        self.progress = KvProgress(layout.num_layers)
         self._pool_bytes = num_blocks * layout.block_bytes
         if path is not None:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)

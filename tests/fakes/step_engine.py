@@ -60,8 +60,8 @@ class FakeExecutor:
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         self.fail = on_failure
 
-    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
-        self.tell_layers = on_layers
+    def watch_steps(self, on_step: Callable[[StepPlan, int], bool]) -> None:
+        """Tells of no steps."""
 
     def close(self) -> None:
         self.is_closed = True

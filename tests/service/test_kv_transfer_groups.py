@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from kv_transfer.offer import RankOffer
 from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.receiving_rank import ReceivingRank
 from kv_transfer.reshard import num_handover_bytes
-from kv_transfer.sending_rank import RankLink, SendingRank, Target
+from kv_transfer.sending_rank import RankLink, SendingRank, Target, Written
 from kv_transfer.slot_ranges import SlotRange
 from tests.fakes.kv_groups import NUM_BLOCKS, Bytes, KvGroups, kv_groups
 from tests.fakes.kv_layouts import group_layout
+from tests.service.test_kv_transfer_handover import until
 
 NUM_TOKENS = 21
 
@@ -131,6 +133,48 @@ def assert_only(groups: KvGroups, rank: int, before: Bytes, block_ids: Sequence[
         num_slots = min(size, NUM_TOKENS - index * size)
         after[block_id, :, :, :, :num_slots] = before[block_id, :, :, :, :num_slots]
     np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("plane", ["shm", "tcp"])
+@pytest.mark.parametrize(("sender", "receiver"), [("tp2pp2", "tp3"), ("pp2x2", "pp3")])
+async def test_each_rank_sends_each_layer_when_it_has_it_whatever_others_have(
+    sender: str, receiver: str, plane: str
+) -> None:
+    layouts = layouts_of("gqa", sender, receiver)
+    async with kv_groups(*layouts, plane=plane) as groups:
+        sequence = a_sequence(GQA)
+        block_ids = [9, 2, 7, 4, 0, 11]
+        groups.hold(sequence, block_ids, [TokenShard(0, NUM_TOKENS, 0)])
+        computed = [memory.blocks().copy() for memory in groups.local]
+        for memory in groups.local:
+            memory.rows()[:] = 0  # what leaves too early is wrong
+        async with groups.sender.handover(
+            "r", decode_address=groups.address, num_tokens=NUM_TOKENS
+        ) as handover:
+
+            def has_arrived(layer: int, heads: tuple[int, ...]) -> bool:
+                for rank, box in enumerate(layouts[1].boxes):
+                    if layer in box.layers:
+                        there = groups.arrived(rank, handover.block_ids, NUM_TOKENS)
+                        for head in set(heads) & set(box.kv_heads):
+                            cell = there[:, box.layers.index(layer), :, box.kv_heads.index(head)]
+                            if not np.array_equal(cell, sequence[:, layer, :, head]):
+                                return False
+                return True
+
+            pushing = asyncio.ensure_future(handover.push(block_ids, 0, NUM_TOKENS, step=1))
+            # The last stage's last rank first: no rank waits for another.
+            for rank, box in reversed([*enumerate(layouts[0].boxes)]):
+                memory = groups.local[rank]
+                memory.progress.begin(1)
+                for place, layer in enumerate(box.layers):
+                    assert not pushing.done()
+                    memory.blocks()[:, place] = computed[rank][:, place]
+                    memory.progress.reach(place + 1)
+                    await until(partial(has_arrived, layer, box.kv_heads))
+            await pushing
+            await handover.commit(5)
+        assert handover.report.num_bytes == num_handover_bytes(layouts[1], NUM_TOKENS)
 
 
 @pytest.mark.parametrize("plane", ["shm", "tcp"])
@@ -320,11 +364,11 @@ class DyingLink:
         self.num_pushes = 0
 
     def write(
-        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None = None
-    ) -> asyncio.Future[int]:
+        self, permit: WritePermit, parts: Sequence[SlotRange], step: int | None = None
+    ) -> asyncio.Future[Written]:
         self.num_pushes += 1
         if self.num_pushes < 2:
-            return self.link.write(permit, parts)
+            return self.link.write(permit, parts, step)
         failed = asyncio.get_running_loop().create_future()
         failed.set_exception(RankDeadError("rank 1 of prefill-0 is gone", rank=1))
         return failed

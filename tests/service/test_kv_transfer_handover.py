@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from kv_transfer.handover import Handover
 from kv_transfer.local_receiving_rank import LocalReceivingRank
 from kv_transfer.offer import PROTOCOL_VERSION
 from kv_transfer.peer import Peer
+from kv_transfer.plane import WriteStoppedError
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.receiving_group import ReceivingGroup
 from kv_transfer.sender import KvSender, check_grant
@@ -412,32 +414,58 @@ async def test_pushes_continue_where_the_last_one_ended() -> None:
 
 
 @pytest.mark.parametrize("plane", ["shm", "tcp"])
-async def test_layers_are_pushed_as_they_are_computed(plane: str) -> None:
-    async with kv_pair(plane) as pair:
-        before = pair.remote.blocks().copy()
-        async with handover_of(pair) as handover:
-            blocks = list(handover.block_ids)
-            await handover.push(BLOCKS, 0, 5, num_layers=1)
-            first_layer = pair.remote.blocks()[blocks, 0], pair.local.blocks()[BLOCKS, 0]
-            np.testing.assert_array_equal(*(side[0] for side in first_layer))
-            np.testing.assert_array_equal(pair.remote.blocks()[blocks, 1:], before[blocks, 1:])
-            with pytest.raises(ValueError, match="up to 6 before all layers up to 5"):
-                await handover.push(BLOCKS, 0, 6)
-            await handover.push(BLOCKS, 0, 5, num_layers=1)  # repeated: nothing is sent
-            assert handover.report.num_bytes == 5 * TINY_LAYOUT.bytes_per_token / 3
-            assert handover.report.num_tokens == 0
-            await handover.push(BLOCKS, 0, 5, num_layers=3)
-            await handover.push(BLOCKS, 0, 5)
-            assert handover.report.num_tokens == 5
-            await handover.push(BLOCKS, 5, 8, num_layers=2)
-            with pytest.raises(ValueError, match="commit at token 5 of 13"):
-                await handover.commit(7)
-            await handover.push(BLOCKS, 5, 8)
-            await handover.commit(7)
+async def test_layers_leave_as_their_step_writes_them(plane: str) -> None:
+    async with kv_pair(plane) as pair, handover_of(pair) as handover:
+        blocks = list(handover.block_ids)
+        sequence = pair.local.tokens(BLOCKS, 0, 13).copy()
+        progress = pair.local.progress
+
+        def compute(first: int, end: int, layer: int) -> None:
+            for token in range(first, end):
+                index, slot = divmod(token, TINY_LAYOUT.block_size_tokens)
+                pair.local.blocks()[BLOCKS[index], layer, :, :, slot] = sequence[token, layer]
+
+        def has_arrived(end: int, layer: int) -> bool:
+            here = pair.remote.tokens(blocks, 0, end)[:, layer]
+            return np.array_equal(here, sequence[:end, layer])
+
+        pair.local.rows()[:] = 0  # what leaves too early is wrong
+        progress.begin(3)
+        pushing = asyncio.ensure_future(handover.push(BLOCKS, 0, 5, step=4))
+        progress.reach(3)  # the step before
+        progress.begin(4)
+        for layer in range(3):
+            compute(0, 5, layer)
+            progress.reach(layer + 1)
+            await until(partial(has_arrived, 5, layer))
+        await pushing
+        assert handover.report.num_tokens == 5
+        assert 0 < handover.report.write_ns <= handover.report.transfer_ns
+        await handover.push(BLOCKS, 0, 5)  # the news that all of it is there
+        progress.begin(5)
+        pushing = asyncio.ensure_future(handover.push(BLOCKS, 0, 13, step=5))
+        await until(lambda: len(progress._listeners) == 1)
+        assert handover.report.num_bytes == 5 * TINY_LAYOUT.bytes_per_token
+        for layer in range(3):
+            compute(5, 13, layer)
+        progress.begin(6)  # so the one before is over
+        progress.reach(1)
+        await pushing
+        await handover.commit(7)
         assert handover.report.num_bytes == 13 * TINY_LAYOUT.bytes_per_token
-        np.testing.assert_array_equal(
-            pair.remote.tokens(handover.block_ids, 0, 13), pair.local.tokens(BLOCKS, 0, 13)
-        )
+        np.testing.assert_array_equal(pair.remote.tokens(blocks, 0, 13), sequence)
+
+
+async def test_a_push_that_waits_for_its_step_ends_with_its_handover() -> None:
+    async with kv_pair() as pair:
+        opened = await pair.sender.open("r", decode_address=pair.address, num_tokens=13)
+        pushing = asyncio.ensure_future(opened.push(BLOCKS, 0, 13, step=1))
+        await until(lambda: len(pair.local.progress._listeners) == 1)
+        await pair.sender.close(opened)
+        with pytest.raises(WriteStoppedError):
+            await pushing
+        assert pair.local.progress._listeners == []
+        assert pair.engine.stats.num_free_blocks == pair.engine.stats.num_blocks
 
 
 async def test_commit_and_release_may_be_repeated() -> None:

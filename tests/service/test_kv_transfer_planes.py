@@ -223,8 +223,8 @@ async def test_boxes_of_other_shapes_land_where_they_belong(plane: str, seed: in
         window = WriteWindow(5, tuple(blocks[1]), first, end)
         transfers = (Transfer(0, 0, here, there),)
         async with joined(plane, local, remote, transfers=transfers, window=window) as pair:
-            num_bytes = await pair.link.write(pair.permit, parts)
-        assert num_bytes == (end - first) * here.num_cells * TINY_LAYOUT.bytes_per_cell
+            written = await pair.link.write(pair.permit, parts)
+        assert written.num_bytes == (end - first) * here.num_cells * TINY_LAYOUT.bytes_per_cell
         np.testing.assert_array_equal(remote.blocks(), expected)
 
 

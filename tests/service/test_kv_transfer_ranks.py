@@ -353,6 +353,22 @@ async def test_a_write_that_is_stopped_stops_in_the_other_process(deaf_receiver:
         await until(lambda: not servicer._links)
 
 
+async def test_a_write_that_waits_for_its_step_stops_in_the_other_process(
+    deaf_receiver: Target,
+) -> None:
+    async with a_rank() as (servicer, remote, _):
+        link = await remote.open_link([deaf_receiver])
+        permit, _ = a_permit()
+        progress = servicer._memory.progress
+        writing = link.write(permit, PARTS, 1)
+        await until(lambda: len(progress._listeners) == 1)
+        permit.stop()
+        with pytest.raises(KvLeaseLostError, match="given up"):
+            await writing
+        assert progress._listeners == []
+        assert not servicer._permits
+
+
 async def test_a_receiver_that_is_gone_is_not_taken_for_a_dead_rank(deaf_receiver: Target) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         nowhere = RankOffer(None, TcpOffer(*listener.getsockname()))

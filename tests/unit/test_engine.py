@@ -272,30 +272,48 @@ def test_cuda_engine_draws_the_same_tokens_as_the_cpu(make_engine, alone):
 def test_layers_of_a_prompt_are_announced_while_its_step_goes_on(make_engine, monkeypatch) -> None:
     monkeypatch.setattr(runner, "NEWS_BYTES", 1)
     engine = make_engine()
-    seen: list[tuple[KvComputedEvent, torch.Tensor]] = []
+    pool = engine.runner.pool
+    announced: list[KvComputedEvent] = []
+    seen: list[tuple[int, torch.Tensor]] = []
 
-    def report(outputs) -> None:
-        for event in outputs:
-            layers = [engine.runner.pool.layer(index) for index in range(event.num_layers)]
-            blocks = list(event.block_ids)
-            seen.append((event, torch.stack([kv_PJGCA[blocks] for kv_PJGCA in layers]).clone()))
+    def look() -> None:
+        for event in announced:
+            num_layers = pool.progress.layers_of(event.step)
+            layers = [pool.layer(index)[list(event.block_ids)] for index in range(num_layers)]
+            seen.append((num_layers, torch.stack(layers).clone()))
 
-    engine.report_to(report)
+    engine.report_to(announced.extend)
     engine.prepare()
-    assert seen == []
+    assert announced == []
     (prompt,) = make_prompts([40])
     engine.apply(0, Submit(make_request("r", prompt), PREFILL))
     engine.apply(1, Submit(make_request("s", prompt[::-1]), LOCAL))
-    outputs = engine.step()
+    with pool.progress.telling(look):
+        outputs = engine.step()
     assert outputs is not None
     (whole,) = (output for output in outputs if isinstance(output, KvComputedEvent))
-    assert (whole.first_token, whole.num_tokens, whole.num_layers) == (0, 40, None)
-    assert [event.num_layers for event, _ in seen] == [1, 2, 3]
-    for event, kv_LPJGCA in seen:
-        assert replace(event, num_layers=None) == whole
+    assert (whole.first_token, whole.num_tokens, whole.step) == (0, 40, None)
+    (event,) = announced
+    assert replace(event, step=None) == whole
+    assert event.step is not None
+    assert pool.progress.layers_of(event.step + 1) == 0
+    assert [num_layers for num_layers, _ in seen] == [1, 2, 3, 3]
+    for _, kv_LPJGCA in seen:
         for index, kv_PJGCA in enumerate(kv_LPJGCA):
             now_PJGCA = engine.runner.pool.layer(index)[list(whole.block_ids)]
             assert torch.equal(kv_PJGCA, now_PJGCA), "announced before it was written"
+
+
+def test_layers_that_nobody_waits_for_are_not_told_of(make_engine, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "NEWS_BYTES", 1)
+    engine = make_engine()
+    engine.report_to(lambda outputs: pytest.fail(f"{outputs}"))
+    (prompt,) = make_prompts([40])
+    engine.apply(0, Submit(make_request("r", prompt), LOCAL))
+    reached: list[None] = []
+    with engine.runner.pool.progress.telling(lambda: reached.append(None)):
+        assert engine.step() is not None
+    assert len(reached) == 1
 
 
 def test_little_kv_is_announced_with_its_step(make_engine) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
+from engine.kv_cache.progress import KvProgress
 from kv_transfer import range_lock
 from kv_transfer.gate import Gate
 from kv_transfer.handover import Handover
 from kv_transfer.lease import Lease, LeaseTable
 from kv_transfer.local_receiving_rank import LocalReceivingRank
 from kv_transfer.receiver import KvReceiver
-from kv_transfer.sending_rank import RankLink
+from kv_transfer.sending_rank import RankLink, Written
 from kv_transfer.slot_ranges import SlotRange
 from kv_transfer.states import LeaseEvent, LeaseState
 from prefill_worker.prefill import Prefiller
@@ -75,13 +76,12 @@ def a_fence_that_does_not_wait_for_the_write_under_way(monkeypatch: pytest.Monke
 
 def a_push_that_does_not_wait_for_its_acknowledgement(monkeypatch: pytest.MonkeyPatch) -> None:
     async def write(
-        self: Handover, link: RankLink, parts: Sequence[SlotRange], layers: range | None
-    ) -> int:
-        writing = link.write(self._permit, parts)
+        self: Handover, link: RankLink, parts: Sequence[SlotRange], step: int | None
+    ) -> Written:
+        writing = link.write(self._permit, parts, step)
         self._writes.add(writing)
         writing.add_done_callback(self._end_write)
-        num_layers = LAYOUT.num_layers if layers is None else len(layers)
-        return sum(part.num_slots for part in parts) * num_layers * LAYOUT.bytes_per_cell
+        return Written(sum(part.num_slots for part in parts) * LAYOUT.bytes_per_token, 0)
 
     commit = Handover.commit
 
@@ -126,6 +126,10 @@ def an_abort_that_frees_what_is_still_read(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Prefiller, "abort", free_first)
 
 
+def a_push_that_does_not_wait_for_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KvProgress, "layers_of", lambda self, step: self.num_layers)
+
+
 def a_push_that_is_repeated_without_shutting_out_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -141,6 +145,7 @@ def a_push_that_is_repeated_without_shutting_out_the_first(
         (a_fence_that_does_not_wait_for_the_write_under_way, ALL_FAULTS),
         (a_push_that_does_not_wait_for_its_acknowledgement, ALL_FAULTS),
         (a_close_that_does_not_wait_for_the_writes, ALL_FAULTS),
+        (a_push_that_does_not_wait_for_its_step, ALL_FAULTS),
         (leases_that_do_not_end, ALL_FAULTS),
         (an_abort_that_overlooks_who_waits_in_line, ALL_FAULTS),
         (an_abort_that_frees_what_is_still_read, ALL_FAULTS),

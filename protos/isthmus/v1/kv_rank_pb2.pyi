@@ -121,20 +121,22 @@ class OpenLinkResponse(_message.Message):
     def __init__(self, link_id: _Optional[int] = ..., data_planes: _Optional[_Iterable[str]] = ..., fallback_reasons: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WriteRequest(_message.Message):
-    __slots__ = ("link_id", "write_id", "lease_id", "epoch", "lease_left_ns", "slots")
+    __slots__ = ("link_id", "write_id", "lease_id", "epoch", "lease_left_ns", "slots", "step")
     LINK_ID_FIELD_NUMBER: _ClassVar[int]
     WRITE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LEASE_LEFT_NS_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
     link_id: int
     write_id: int
     lease_id: int
     epoch: int
     lease_left_ns: int
     slots: _containers.RepeatedCompositeFieldContainer[SlotRange]
-    def __init__(self, link_id: _Optional[int] = ..., write_id: _Optional[int] = ..., lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., lease_left_ns: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotRange, _Mapping]]] = ...) -> None: ...
+    step: int
+    def __init__(self, link_id: _Optional[int] = ..., write_id: _Optional[int] = ..., lease_id: _Optional[int] = ..., epoch: _Optional[int] = ..., lease_left_ns: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotRange, _Mapping]]] = ..., step: _Optional[int] = ...) -> None: ...
 
 class SlotRange(_message.Message):
     __slots__ = ("local_block_id", "local_slot", "remote_block_id", "remote_slot", "num_slots")
@@ -151,10 +153,12 @@ class SlotRange(_message.Message):
     def __init__(self, local_block_id: _Optional[int] = ..., local_slot: _Optional[int] = ..., remote_block_id: _Optional[int] = ..., remote_slot: _Optional[int] = ..., num_slots: _Optional[int] = ...) -> None: ...
 
 class WriteResponse(_message.Message):
-    __slots__ = ("num_bytes",)
+    __slots__ = ("num_bytes", "write_ns")
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITE_NS_FIELD_NUMBER: _ClassVar[int]
     num_bytes: int
-    def __init__(self, num_bytes: _Optional[int] = ...) -> None: ...
+    write_ns: int
+    def __init__(self, num_bytes: _Optional[int] = ..., write_ns: _Optional[int] = ...) -> None: ...
 
 class AdjustWriteRequest(_message.Message):
     __slots__ = ("write_id", "lease_left_ns")

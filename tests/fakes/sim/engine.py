@@ -50,7 +50,9 @@ class TagExecutor:
 
     def __init__(self, memory: HostMemory, watch: Watch, name: str, max_num_plans: int) -> None:
         self.max_num_plans = max_num_plans
-        self._begun: deque[StepPlan] = deque()
+        self._begun: deque[tuple[int, StepPlan]] = deque()
+        self._num_begun = 0
+        self._progress = memory.progress
         self.scheduler: Scheduler | None = None
         self._tags_PLC = memory.rows().view(np.uint32).reshape(-1, NUM_LAYERS, BLOCK_SIZE_TOKENS)
         self._watch = watch
@@ -60,14 +62,17 @@ class TagExecutor:
         """Nothing to warm."""
 
     def begin(self, plan: StepPlan, num_threads: int) -> None:
-        """Computes the first layer, and says so."""
-        self._begun.append(plan)
+        """Computes the first layer, but its progress is a last stage's: it begins in `finish`."""
+        self._num_begun += 1
+        self._on_step(plan, self._num_begun)
+        self._begun.append((self._num_begun, plan))
         self._compute(plan, 0)
-        if self.max_num_plans == 1:  # as workers of one rank
-            self._on_layers(plan, 1)
 
     def finish(self, drawing: Sequence[EngineSequence]) -> list[DrawnToken]:
-        self._compute(self._begun.popleft(), 1)
+        step, plan = self._begun.popleft()
+        self._progress.begin(step)
+        self._compute(plan, 1)
+        self._progress.reach(NUM_LAYERS)
         return [DrawnToken(next_token(sequence.token_ids), None) for sequence in drawing]
 
     def _compute(self, plan: StepPlan, layer: int) -> None:
@@ -91,8 +96,8 @@ class TagExecutor:
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """Cannot fail."""
 
-    def watch_layers(self, on_layers: Callable[[StepPlan, int], None]) -> None:
-        self._on_layers = on_layers
+    def watch_steps(self, on_step: Callable[[StepPlan, int], bool]) -> None:
+        self._on_step = on_step
 
     def close(self) -> None:
         """Holds nothing."""

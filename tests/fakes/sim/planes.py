@@ -15,13 +15,14 @@ import xxhash
 from engine.errors import KvCorruptionError, KvLeaseLostError, PeerUnavailableError
 from kv_transfer import range_lock
 from kv_transfer.blocks import HostBlocks, host_blocks
+from kv_transfer.computed import layers_computed
 from kv_transfer.copying import Bytes
 from kv_transfer.frame import FrameError, FrameFlag, FrameHeader, PushStatus
 from kv_transfer.gate import Gate
 from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.receiver import KvReceiver
 from kv_transfer.reshard import Box, Transfer, of_layers
-from kv_transfer.sending_rank import RankLink, Target
+from kv_transfer.sending_rank import RankLink, Target, Written
 from kv_transfer.slot_ranges import SlotRange
 from kv_transfer.states import LeaseState
 from tests.fakes.kv_memory import HostMemory
@@ -104,19 +105,29 @@ class SimLink:
         self._turn = asyncio.Lock()
 
     def write(
-        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None = None
-    ) -> asyncio.Future[int]:
-        (transfer,) = of_layers([self._transfer], layers or range(NUM_LAYERS))
-        return self._source.process.spawn(self._write(permit, parts, transfer))
+        self, permit: WritePermit, parts: Sequence[SlotRange], step: int | None = None
+    ) -> asyncio.Future[Written]:
+        return self._source.process.spawn(self._write(permit, parts, step))
 
     async def _write(
-        self, permit: WritePermit, parts: Sequence[SlotRange], transfer: Transfer
-    ) -> int:
+        self, permit: WritePermit, parts: Sequence[SlotRange], step: int | None
+    ) -> Written:
+        if step is None:
+            await self._write_layers(permit, parts, range(NUM_LAYERS))
+        else:
+            for layer in range(NUM_LAYERS):
+                await layers_computed(self._source.memory.progress, step, layer, permit)
+                await self._write_layers(permit, parts, range(layer, layer + 1))
+        num_slots = sum(part.num_slots for part in parts)
+        return Written(num_slots * NUM_LAYERS * LAYOUT.bytes_per_cell, 0)
+
+    async def _write_layers(
+        self, permit: WritePermit, parts: Sequence[SlotRange], layers: range
+    ) -> None:
+        (transfer,) = of_layers([self._transfer], layers)
         async with self._turn:
             permit.check()
             await self._push(permit, parts, transfer)
-        num_cells = sum(part.num_slots for part in parts) * transfer.source.num_layers
-        return num_cells * LAYOUT.bytes_per_cell
 
     async def _push(
         self, permit: WritePermit, parts: Sequence[SlotRange], transfer: Transfer
