@@ -173,7 +173,7 @@ class ModelRunner:
                 logits.append(self._logits(hidden_TD, plan, batch))
             if range_index == num_ranges - 1:
                 del batches[index]
-        progress.reach(progress.num_layers)
+        progress.reach(progress.num_layers)  # on CUDA it will; nobody asks, see `_is_news`
         sequence.barrier()
         if not logits:
             return torch.empty((0, 0), dtype=torch.float32, device=self._device)

@@ -198,7 +198,8 @@ class Steps:
         if chunks:
             batches = cut_into_micro_batches(StepPlan(tuple(chunks)), self.num_micro_batches)
         num_passes = len(batches) if self.data.size == 1 else self.num_micro_batches
-        own_BV = self.runner.run(batches, num_passes, 1)
+        step, _ = self.runner.announce(StepPlan(tuple(chunks)))
+        own_BV = self.runner.run(batches, num_passes, 1, step, is_watched=False)
         return own_BV if self.data.size == 1 else self.shared(own_BV, [part[0] for part in parts])
 
     def shared(self, own_BV: torch.Tensor, sequences: Sequence[int]) -> torch.Tensor:
