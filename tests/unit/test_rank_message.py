@@ -42,7 +42,9 @@ FACTS = Facts(
 )
 
 
-@pytest.mark.parametrize("message", [Step(StepPlan((CHUNK, CHUNK)), 2), Stop()])
+@pytest.mark.parametrize(
+    "message", [Step(StepPlan((CHUNK, CHUNK)), 2, 7, is_watched=False), Stop()]
+)
 def test_what_the_leader_says_comes_out_as_it_went_in(message: Step | Stop) -> None:
     frame = encode(message)
     assert int.from_bytes(frame[:LENGTH_BYTES], "little") == len(frame) - LENGTH_BYTES
@@ -78,7 +80,7 @@ def test_no_plan_of_an_engine_is_longer_than_what_followers_accept() -> None:
     longest = ScheduledChunk(
         "x" * 512, 0, tuple([99] * (64 // num_sequences)), tuple([31] * 16), 256, is_drawing=True
     )
-    step = Step(StepPlan((longest,) * num_sequences), 1 << 20)
+    step = Step(StepPlan((longest,) * num_sequences), 1 << 20, 1 << 62, is_watched=True)
     assert len(encode(step)) <= max_step_bytes(LIMITS, 64, num_sequences)
 
 
