@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import httpx
 import psutil
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.checkpoints import tiny_checkpoint
@@ -39,6 +40,19 @@ HANDOVERS = "isthmus_handovers_total"
 def model_of_four_layers(folder: Path) -> Path:
     return tiny_checkpoint(
         folder, num_attention_heads=4, num_hidden_layers=4, max_position_embeddings=1024
+    )
+
+
+def mixture(folder: Path) -> Path:
+    """Its experts lie across the data shards: each rank computes tokens of all of them."""
+    return tiny_checkpoint(
+        folder,
+        "qwen2_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        shared_expert_intermediate_size=56,
+        max_position_embeddings=1024,
     )
 
 
@@ -121,16 +135,24 @@ def check_log(log: str, name: str, how: signal.Signals) -> None:
     assert f"isthmus: {name} serves again" in log
 
 
-def test_a_lost_rank_of_a_decode_worker_costs_no_token(tmp_path: Path) -> None:
-    model = model_of_four_layers(tmp_path)
-    flags = ("--model", str(model), "--decode", "2", "--decode-parallel", "tp=2")
+@pytest.mark.parametrize(
+    ("model_in", "parallel", "ways"),
+    [
+        pytest.param(model_of_four_layers, "tp=2", (*ENDED,), id="tp"),
+        pytest.param(mixture, "dp=2,ep=2", (signal.SIGKILL,), id="dp-ep"),
+    ],
+)
+def test_a_lost_rank_of_a_decode_worker_costs_no_token(
+    tmp_path: Path, model_in: Callable[[Path], Path], parallel: str, ways: Sequence[signal.Signals]
+) -> None:
+    flags = ("--model", str(model_in(tmp_path)), "--decode", "2", "--decode-parallel", parallel)
     with (
         ThreadPoolExecutor() as pool,  # its threads watch until the mesh is down
         mesh_process(tmp_path, *flags, environment=ENVIRONMENT) as mesh,
     ):
         expected = answer(mesh)
         victims: list[tuple[str, signal.Signals]] = []
-        for how in ENDED:
+        for how in ways:
             before = mesh.metric("gateway", DEGRADATIONS, kind="migration")
             chunks: list[str] = []
             victim: dict[str, Any] = {}

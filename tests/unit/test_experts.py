@@ -252,6 +252,35 @@ def test_more_ranks_than_experts_are_refused(text: str, form: str | None, words:
         check_layout_fits(config, ParallelLayout.parse(text))
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tp=8", r"expert_tp=8 needs expert_tp at most 4: .* 4 features .*; use tp=8,ep=2 or tp=4"),
+        (
+            "tp=8,dp=2",
+            r"expert_tp=8 needs expert_tp at most 4: .*; use tp=8,ep=4,dp=2 or tp=4,dp=2",
+        ),
+        ("tp=4,pp=2", r"tp=4 needs tp at most 2: .* 64 features \(2 of a shared expert\)"),
+    ],
+)
+def test_more_ranks_than_an_expert_has_features_are_refused(text: str, words: str) -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        num_heads=8,
+        num_layers=8,
+        windows=(None,) * 8,
+        intermediate_size=64,
+        vocab_size=64,
+        form=dataclasses.replace(
+            CONFIG.form, experts=dataclasses.replace(FORM, shared_size=2 if "pp" in text else 0)
+        ),
+    )
+    with pytest.raises(ValueError, match=words) as refused:
+        check_layout_fits(config, ParallelLayout.parse(text))
+    for near in str(refused.value).rpartition("use ")[2].split(" or "):
+        check_layout_fits(config, ParallelLayout.parse(near))
+
+
 FORM = ExpertsForm(num_experts=8, num_chosen=2, intermediate_size=4, layers=frozenset({0}))
 
 
