@@ -15,7 +15,8 @@ from tests.fakes.kv_pair import FAST
 
 
 def arguments_of(num_blocks: int, plane: str, layout: KvLayout) -> list[str]:
-    return [*map(str, (num_blocks, plane, *layout.block_shape)), layout.dtype]
+    shape = layout.num_layers, layout.num_parts, layout.num_kv_heads, layout.block_size_tokens
+    return [*map(str, (num_blocks, plane, *shape, layout.head_dim)), layout.dtype]
 
 
 async def main(num_blocks: int, plane: str, layout: KvLayout) -> None:
