@@ -94,8 +94,7 @@ def _close_opened(opening: asyncio.Future[list[WriterChoice]]) -> None:
 
 
 class LocalLink:
-    """Writes one push, or some layers of one, at a time: in a thread of its own, or at once what is
-    copied quickly."""
+    """Writes a push or some layers of it at a time: in a thread, or at once what is quickly copied."""
 
     def __init__(
         self,

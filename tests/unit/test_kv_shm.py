@@ -166,7 +166,8 @@ async def test_a_small_push_is_there_at_once_but_never_before_one_that_was_asked
         assert not small.done()
         assert not remote.rows()[6].any()
         go_on.set()
-        assert await large == 2 * await small == 2 * TINY_LAYOUT.block_bytes
+        num_bytes = [(await writing).num_bytes for writing in (large, small)]
+        assert num_bytes == [2 * TINY_LAYOUT.block_bytes, TINY_LAYOUT.block_bytes]
         np.testing.assert_array_equal(remote.rows()[4:7], local.rows()[1:4])
         await asyncio.sleep(0)
         assert link.write(permit(FakeClock()), ONE_BLOCK).done()
