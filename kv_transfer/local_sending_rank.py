@@ -94,7 +94,7 @@ def _close_opened(opening: asyncio.Future[list[WriterChoice]]) -> None:
 
 
 class LocalLink:
-    """Writes a push or some layers of it at a time: in a thread, or at once what is quickly copied."""
+    """Writes a push or some layers of it at a time: in a thread, or at once what is soon copied."""
 
     def __init__(
         self,
