@@ -79,6 +79,7 @@ class KvSender:
         )
         self._peers: dict[str, Peer] = {}
         self._handovers: dict[Handover, None] = {}  # in order of arrival
+        self._closing: set[asyncio.Task[None]] = set()
         self._num_bytes: Counter[str] = Counter()
         self._num_tokens: Counter[str] = Counter()
         self._write_ns: Counter[str] = Counter()
@@ -202,7 +203,11 @@ class KvSender:
         if handover not in self._handovers:
             return
         del self._handovers[handover]
-        await to_its_end(self._tasks.create_task(self._close(handover), name="kv-close"))
+        # Not a task of the group: what was reserved while this sender ends is given back, too.
+        closing = asyncio.create_task(self._close(handover), name="kv-close")
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        await to_its_end(closing)
 
     async def renew_leases(self) -> None:
         """Extend every open handover now; called RENEWALS_PER_LEASE times a lease."""
@@ -290,6 +295,8 @@ class KvSender:
     async def _close_handovers(self) -> None:
         for handover in list(self._handovers):
             await self.close(handover)
+        if self._closing:
+            await asyncio.wait(self._closing)
 
     def _count(self, report: HandoverReport) -> None:
         self._outcomes[report.outcome] += 1
