@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,11 +95,6 @@ async def replace(mesh: MeshProcess, *roles: str) -> None:
     )
 
 
-def _has_all_blocks(mesh: MeshProcess, role: str) -> bool:
-    num_free = mesh.metric(role, "isthmus_kv_free_blocks")
-    return num_free == mesh.metric(role, "isthmus_kv_blocks")
-
-
 def store_is_idle(mesh: MeshProcess) -> bool:
     names = (PINNED, "isthmus_store_arriving_blocks", "isthmus_store_open_fetches")
     return all(mesh.metric("store", name) == 0 for name in (*names, "isthmus_kv_leases"))
@@ -158,34 +152,3 @@ async def test_requests_go_on_without_the_store_and_find_it_again(
                 break
         assert mesh.metric("store", FILED) > 0
         await until(lambda: store_is_idle(mesh), timeout_s=2)
-
-
-@pytest.mark.timeout(300)
-async def test_aborted_requests_leave_no_pins(tmp_path: Path, model: Path) -> None:
-    """Every prompt has a prefix that only the store holds; clients leave at random moments."""
-    prefixes = [tokens_of(seed, 300) for seed in range(12)]
-    draw = random.Random("aborts")
-    with mesh_of(tmp_path, model) as mesh:
-        for prefix in prefixes:
-            await ask(mesh, prefix, 1)
-        await until(lambda: mesh.metric("store", FILED) == 12 * 18)
-        await replace(mesh, "prefill", "decode")
-
-        async def leave(number: int) -> None:
-            asking = asyncio.create_task(ask(mesh, [*prefixes[number % 12], number + 3], 100))
-            await asyncio.sleep(draw.uniform(0, 0.2))
-            asking.cancel()
-            await asyncio.wait([asking])
-
-        for start in range(0, 60, 6):
-            async with asyncio.TaskGroup() as tasks:
-                for number in range(start, start + 6):
-                    tasks.create_task(leave(number))
-        await until(lambda: store_is_idle(mesh), timeout_s=10)
-        await until(lambda: mesh.metric("prefill", "isthmus_prefix_open_fetches") == 0, 10)
-        for role in ("prefill", "decode"):
-            await until(partial(_has_all_blocks, mesh, role), timeout_s=10)
-        assert mesh.metric("prefill", DECISIONS, decision="fetch") > 0
-        answer, _ = await ask(mesh, [*prefixes[0], 7], 20)
-    with one_engine(model, "float32") as engine:
-        assert engine.answer([*prefixes[0], 7], greedy(20)).token_ids == answer

@@ -4,11 +4,12 @@ afterwards, and nothing is held."""
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
 from engine.request import Request
 from engine.request import SamplingParams as EngineSampling
@@ -16,18 +17,22 @@ from engine.runtime.build import build_engine
 from engine.runtime.commands import SequenceMode, TokenEvent
 from engine.runtime.engine import Submit
 from kv_transfer.config import DataPlane, TransferConfig
+from kv_transfer.prefix.fetch_cost import Choice, FetchCost
 from mesh.channel import open_channel
 from protos.isthmus.v1 import inference_pb2 as pb
 from protos.isthmus.v1.inference_pb2_grpc import InferenceStub
 from protos.isthmus.v1.sampling_pb2 import SamplingParams
 from tests.checkpoints import tiny_checkpoint
 from tests.fakes.faulty_relay import FaultyRelay, RelayFault
+from tests.fakes.kv_store import running_store
 from tests.fakes.small_mesh import ENGINE, VOCAB_SIZE, SmallMesh, small_mesh
 
 NUM_TOKENS = 4
 FAULT_SHARE = 0.05
 NUM_FAULTY_REQUESTS = 400
 NUM_ABORTS = 1_000
+NUM_FAMILIES = 100
+"""Of prompts that differ in their last token only."""
 FREE_WITHIN_S = 2.0
 
 TCP = TransferConfig(
@@ -82,10 +87,11 @@ class Client:
                     yield token_id
 
 
-async def until_free(mesh: SmallMesh, within_s: float) -> None:
+async def until_free(held_now: Callable[[], object], within_s: float) -> None:
+    """Until `held_now` says nothing."""
     loop = asyncio.get_running_loop()
     deadline_s = loop.time() + within_s
-    while held := mesh.held():
+    while held := held_now():
         assert loop.time() < deadline_s, held
         await asyncio.sleep(0.01)
 
@@ -101,7 +107,7 @@ def degradations(mesh: SmallMesh) -> Counter[tuple[str, str]]:
 
 
 async def test_transfers_that_are_cut_stalled_or_damaged_change_no_token(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.runtime.runner.NEWS_BYTES", 1 << 14)  # some go layer by layer
     prompts = prompts_of(NUM_FAULTY_REQUESTS, (20, 90), seed=1)
@@ -127,7 +133,7 @@ async def test_transfers_that_are_cut_stalled_or_damaged_change_no_token(
             return relay.port
 
         async with (
-            small_mesh(checkpoint, TCP, data_port=relay_to) as mesh,
+            small_mesh(checkpoint, TCP, redis_url, data_port=relay_to) as mesh,
             open_channel(mesh.gateway.grpc_address) as channel,
         ):
             client = Client(InferenceStub(channel))
@@ -139,7 +145,7 @@ async def test_transfers_that_are_cut_stalled_or_damaged_change_no_token(
 
             answers = await asyncio.gather(*(answer_of(prompt) for prompt in prompts))
             assert answers == expected
-            await until_free(mesh, FREE_WITHIN_S + TCP.lease_s)
+            await until_free(mesh.held, FREE_WITHIN_S + TCP.lease_s)
             sent, lost = mesh.sender.counters, degradations(mesh)
             (relay,) = relays
         is_over.set()
@@ -160,17 +166,34 @@ async def test_transfers_that_are_cut_stalled_or_damaged_change_no_token(
 
 @pytest.mark.parametrize("plane", [DataPlane.SHM, DataPlane.TCP])
 async def test_a_thousand_clients_that_leave_at_any_moment_leave_nothing_behind(
-    checkpoint: Path, plane: DataPlane
+    checkpoint: Path,
+    redis: Redis,
+    redis_url: str,
+    plane: DataPlane,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Neither on the workers nor in the store, which has room for more prefixes than they have."""
+    # A tiny model computes faster than any store answers.
+    monkeypatch.setattr(FetchCost, "choose", lambda *_, **__: Choice(is_fetch=True, reason="probe"))
+    monkeypatch.setattr("kv_transfer.prefix.publisher.MAX_WAITING", 8)  # what is left at the end
+    # Slow because others use the cores is not lost.
+    monkeypatch.setattr("kv_transfer.prefix.fetcher.MIN_TIMEOUT_S", 5.0)
+    monkeypatch.setattr("kv_transfer.prefix.stores.QUERY_TIMEOUT_S", 5.0)
     generator = random.Random(3)
-    prompts = prompts_of(NUM_ABORTS, (5, 300), seed=4)
+    families = prompts_of(NUM_FAMILIES, (5, 300), seed=4)
     num_tokens: Counter[int] = Counter()
     async with (
-        small_mesh(checkpoint, TransferConfig(data_plane=plane)) as mesh,
+        small_mesh(checkpoint, TransferConfig(data_plane=plane), redis_url) as mesh,
+        running_store(
+            redis, num_blocks=3_000, plane=plane, layout=mesh.decode.layout.full
+        ) as store,
         open_channel(mesh.gateway.grpc_address) as channel,
     ):
         client = Client(InferenceStub(channel))
         turns = asyncio.Semaphore(24)
+
+        def held() -> list[object]:
+            return [each for each in (mesh.held(), *store.held) if each]
 
         async def leave_early(prompt: list[int]) -> None:
             async with turns:
@@ -183,11 +206,22 @@ async def test_a_thousand_clients_that_leave_at_any_moment_leave_nothing_behind(
                     pass
                 num_tokens[min(got, 2)] += 1
 
+        prompts = [
+            [*families[index % NUM_FAMILIES], generator.randrange(3, VOCAB_SIZE)]
+            for index in range(NUM_ABORTS)
+        ]
         await asyncio.gather(*(leave_early(prompt) for prompt in prompts))
-        await until_free(mesh, FREE_WITHIN_S)
-        ended = mesh.receiver.counters.ended_leases
-        assert "expired" not in ended
-        assert ended["committed"] > 0
-        assert ended["aborted"] > 0
+        await until_free(held, FREE_WITHIN_S)
+        ended = mesh.decode.receiver.counters.ended_leases
+        num_fetched_blocks = store.servicer.num_fetched_blocks
+        store.blocks.shelf.check_conservation()
+        # What is in pools and store now is what it says it is.
+        answers = [[each async for each in client.ask(prompt)] for prompt in prompts[:10]]
+        await until_free(held, FREE_WITHIN_S)
+    assert answers == answers_of_one_engine(checkpoint, prompts[:10])
+    assert "expired" not in ended
+    assert ended["committed"] > 0
+    assert ended["aborted"] > 0
+    assert num_fetched_blocks > NUM_FAMILIES
     # They left before the first token, right after it, and later.
     assert all(num_tokens[n] > 0 for n in range(3)), num_tokens

@@ -36,18 +36,20 @@ def num_preempted(mesh: SmallMesh) -> float:
     )
 
 
-async def test_answers_that_gave_way_to_others_are_the_same_and_say_so(tmp_path: Path) -> None:
+async def test_answers_that_gave_way_to_others_are_the_same_and_say_so(
+    tmp_path: Path, redis_url: str
+) -> None:
     checkpoint = tiny_checkpoint(tmp_path, vocab_size=VOCAB_SIZE)
     async with (
-        small_mesh(checkpoint, TransferConfig(), decode_pool_bytes=POOL_BYTES) as mesh,
+        small_mesh(checkpoint, TransferConfig(), redis_url, decode_pool_bytes=POOL_BYTES) as mesh,
         httpx.AsyncClient(base_url=mesh.gateway.http_url) as client,
     ):
         alone = [await ask(client, prompt) for prompt in PROMPTS]
-        assert num_preempted(mesh) == mesh.decode.stats.num_preemptions == 0
+        assert num_preempted(mesh) == mesh.decode.thread.stats.num_preemptions == 0
         together = await asyncio.gather(*(ask(client, prompt) for prompt in PROMPTS))
         said = [each for answer in together for each in answer["isthmus"]["degradations"]]
         assert [answer["choices"] for answer in together] == [answer["choices"] for answer in alone]
         assert not any(answer["isthmus"]["degradations"] for answer in alone)
         assert said == [{"kind": "preemption", "reason": "no_free_blocks"}] * len(said)
-        assert len(said) == num_preempted(mesh) == mesh.decode.stats.num_preemptions > 0
-        assert mesh.decode.stats.num_prefill_tokens > 0, "what was lost is computed again"
+        assert len(said) == num_preempted(mesh) == mesh.decode.thread.stats.num_preemptions > 0
+        assert mesh.decode.thread.stats.num_prefill_tokens > 0, "what was lost is computed again"
