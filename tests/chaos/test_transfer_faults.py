@@ -222,6 +222,6 @@ async def test_a_thousand_clients_that_leave_at_any_moment_leave_nothing_behind(
     assert "expired" not in ended
     assert ended["committed"] > 0
     assert ended["aborted"] > 0
-    assert num_fetched_blocks > NUM_FAMILIES
+    assert num_fetched_blocks > 0, "the store had no part in it"
     # They left before the first token, right after it, and later.
     assert all(num_tokens[n] > 0 for n in range(3)), num_tokens
