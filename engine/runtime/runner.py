@@ -4,6 +4,7 @@ Shape suffixes: T tokens of this step, B sequences, W blocks per sequence, D mod
 V vocabulary.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -96,6 +97,7 @@ class ModelRunner:
         self._pipeline = pipeline or AxisGroup()
         self._begun: torch.Tensor | None = None
         self._num_steps = 0
+        self._num_cores = len(os.sched_getaffinity(os.getpid()))
         self._on_step: Callable[[StepPlan, int], bool] | None = None
 
     def begin(self, plan: StepPlan, num_threads: int) -> None:
@@ -147,7 +149,8 @@ class ModelRunner:
         progress = self.pool.progress
         progress.begin(step)
         num_tokens = sum(plan.num_tokens for plan in plans)
-        on_layer = self._layer_news(num_tokens) if is_watched and num_tokens else None
+        is_told = is_watched and num_tokens > 0
+        on_layer = self._layer_news(num_tokens, num_threads) if is_told else None
         batches: dict[int, tuple[StepPlan, StepBatch]] = {}
         logits: list[torch.Tensor] = []
         for index, range_index in pass_order(num_passes, pipeline.size, num_ranges):
@@ -187,10 +190,17 @@ class ModelRunner:
         num_bytes = num_tokens * self.pool.layout.bytes_per_token
         return self._device.type == "cpu" and num_bytes > NEWS_BYTES
 
-    def _layer_news(self, num_tokens: int) -> Callable[[int], None]:
-        """Tells of layers that are written, as soon as they are worth it."""
+    def _layer_news(self, num_tokens: int, num_threads: int) -> Callable[[int], None]:
+        """Tells of layers that are written, as soon as they are worth it.
+
+        Where every core computes, sending takes turns with that, and each turn costs more than its
+        bytes: then half of the layers leave at once, and the others when the step is over, beside
+        its first tokens.
+        """
         progress, num_bytes = self.pool.progress, num_tokens * self.pool.layout.bytes_per_token
         interval = -(-NEWS_BYTES * progress.num_layers // num_bytes)
+        if num_threads >= self._num_cores:
+            interval = max(interval, -(-progress.num_layers // 2))
 
         def on_layer(place: int) -> None:
             if (place + 1) % interval == 0:

@@ -269,8 +269,14 @@ def test_cuda_engine_draws_the_same_tokens_as_the_cpu(make_engine, alone):
     assert [tokens[str(i)] for i in range(16)] == alone
 
 
-def test_layers_of_a_prompt_are_announced_while_its_step_goes_on(make_engine, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("num_cores", "news"), [(2, [1, 2, 3, 3]), (1, [2, 3])], ids=["spare-core", "no-spare-core"]
+)
+def test_layers_of_a_prompt_are_announced_while_its_step_goes_on(
+    make_engine, monkeypatch, num_cores: int, news: list[int]
+) -> None:
     monkeypatch.setattr(runner, "NEWS_BYTES", 1)
+    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda _: set(range(num_cores)))
     engine = make_engine()
     pool = engine.runner.pool
     announced: list[KvComputedEvent] = []
@@ -297,7 +303,7 @@ def test_layers_of_a_prompt_are_announced_while_its_step_goes_on(make_engine, mo
     assert replace(event, step=None) == whole
     assert event.step is not None
     assert pool.progress.layers_of(event.step + 1) == 0
-    assert [num_layers for num_layers, _ in seen] == [1, 2, 3, 3]
+    assert [num_layers for num_layers, _ in seen] == news
     for _, kv_LPJGCA in seen:
         for index, kv_PJGCA in enumerate(kv_LPJGCA):
             now_PJGCA = engine.runner.pool.layer(index)[list(whole.block_ids)]
