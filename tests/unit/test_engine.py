@@ -1,5 +1,6 @@
 """A whole engine on small random checkpoints: however the work is cut, the tokens are the same."""
 
+import os
 import random
 from dataclasses import replace
 from typing import Any
@@ -276,7 +277,7 @@ def test_layers_of_a_prompt_are_announced_while_its_step_goes_on(
     make_engine, monkeypatch, num_cores: int, news: list[int]
 ) -> None:
     monkeypatch.setattr(runner, "NEWS_BYTES", 1)
-    monkeypatch.setattr(runner.os, "sched_getaffinity", lambda _: set(range(num_cores)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cores)))
     engine = make_engine()
     pool = engine.runner.pool
     announced: list[KvComputedEvent] = []
