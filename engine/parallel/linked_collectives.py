@@ -15,10 +15,11 @@ from engine.parallel.store_watch import StoreWatch
 _GATHERED_BYTES = 64 * 1024
 """More than two ranks share out the sum of more: two exchanges, of fewer bytes."""
 _PROBE_BYTES = 512 * 1024
+"""That a rank sends, to all others together."""
 _NUM_PROBES = 5
 _SLOW_S = 1e-3
 """An exchange of the probe that takes longer is worth hiding: one part more costs 0.3 ms of a core
-for each exchange. 1 ms is 4 Gbit/s between two hosts; over loopback it takes 0.4 ms."""
+for each exchange. 1 ms is 4 Gbit/s of a rank's link; over loopback two ranks take 0.4 ms."""
 
 
 class LinkedCollectives(ProcessGroupCollectives):
@@ -86,8 +87,11 @@ class LinkedCollectives(ProcessGroupCollectives):
         self._links.close()
 
     def _probe_s(self) -> float:
-        """What an exchange takes between the two ranks that are the slowest; the same on all."""
-        x = torch.zeros(_PROBE_BYTES, dtype=torch.uint8)
+        """What the slowest rank's exchange takes, the same on all.
+
+        A rank sends as many bytes however many ranks share them: a large sum is shared out, too.
+        """
+        x = torch.zeros(_PROBE_BYTES // len(self._others), dtype=torch.uint8)
         parts = [torch.empty_like(x) for _ in range(self._size)]
         best_s = math.inf
         for _ in range(_NUM_PROBES):

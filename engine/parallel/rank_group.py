@@ -8,7 +8,9 @@ from typing import Self, cast
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroup, ProcessGroupGloo, Store
+from torch.distributed import DistNetworkError, DistStoreError
 
+from engine.errors import CollectiveTimeoutError
 from engine.parallel.axes import ParallelAxes
 from engine.parallel.collectives import Collectives, CollectivesConfig
 from engine.parallel.environment import RankEnvironment
@@ -123,6 +125,7 @@ def join_group(
         device: where the tensors are; CPU by default. With CUDA, all axes but the world's use NCCL.
 
     Raises:
+        RankGroupError: a rank did not come, or died before all were there.
         ValueError: the layout has another number of ranks than the environment; both are named. Or
             it is interleaved, on CUDA.
     """
@@ -146,7 +149,12 @@ def join_group(
         )
     store = environment.open_store(config.join_timeout_s)
     keeper = None if environment.is_store_elsewhere else 0
-    group = _joined(layout, environment, store, keeper, config, device)
+    try:
+        group = _joined(layout, environment, store, keeper, config, device)
+    except (DistNetworkError, DistStoreError) as error:  # of the store, where the ranks meet
+        reason = str(error).partition("\n")[0]
+        text = f"not all ranks came within {config.join_timeout_s:g} s: {reason}"
+        raise CollectiveTimeoutError(text, rank=None, operation="join") from error
     group.axes.world.barrier()  # nobody leaves, and takes the store along, before all are there
     return group
 

@@ -16,6 +16,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -189,6 +190,8 @@ def open_links(
 
     Raises:
         CollectiveTimeoutError: a rank did not come.
+        DistNetworkError: the store is lost.
+        DistStoreError: a rank has not even said there where it is.
         ValueError: `own_address` is none of this host's.
     """
     end_s = time.monotonic() + timeout_s
@@ -198,29 +201,42 @@ def open_links(
         listener = socket.create_server((own_address, 0), family=_family(own_address), backlog=size)
     except OSError as error:
         raise ValueError(f"this rank cannot listen on {own_address}: {error}") from None
-    try:
-        with listener:
-            place = {"host": own_address, "port": listener.getsockname()[1], "token": token}
-            store.set(f"link/{index}", json.dumps(place))
-            for other in range(index):  # they need not accept yet
-                there = json.loads(store.get(f"link/{other}"))
-                address = (there["host"], there["port"])
-                connections[other] = socket.create_connection(address, end_s - time.monotonic())
-                connections[other].sendall(_HELLO.pack(index, there["token"].encode()))
-            while missing := sorted(set(range(index + 1, size)) - set(connections)):
-                listener.settimeout(max(0.001, end_s - time.monotonic()))
+    with listener, ExitStack() as undo:
+        place = {"host": own_address, "port": listener.getsockname()[1], "token": token}
+        store.set(f"link/{index}", json.dumps(place))
+        for other in range(index):  # they need not accept yet
+            there = json.loads(store.get(f"link/{other}"))
+            address, left_s = (there["host"], there["port"]), _left_s(end_s)
+            try:
+                connection = undo.enter_context(socket.create_connection(address, left_s))
+                connection.sendall(_HELLO.pack(index, there["token"].encode()))
+            except OSError as error:
+                who = f"number {other} at {there['host']} port {there['port']}"
+                raise _missed(who, timeout_s, error) from error
+            connections[other] = connection
+        while missing := sorted(set(range(index + 1, size)) - set(connections)):
+            listener.settimeout(_left_s(end_s))
+            try:
                 connection, _ = listener.accept()
-                index_there = _introduced(connection, token)
-                if index_there in missing:
-                    connections[index_there] = connection
-                else:
-                    connection.close()
-    except OSError as error:
-        for connection in connections.values():
-            connection.close()
-        text = f"not all ranks connected within {timeout_s:g} s: {error}"
-        raise CollectiveTimeoutError(text, rank=None, operation="join") from error
+            except OSError as error:
+                raise _missed(f"numbers {missing}", timeout_s, error) from error
+            index_there = _introduced(connection, token, min(_HELLO_TIMEOUT_S, _left_s(end_s)))
+            if index_there in missing:
+                connections[index_there] = undo.enter_context(connection)
+            else:
+                connection.close()
+        undo.pop_all()
     return RankLinks(connections)
+
+
+def _left_s(end_s: float) -> float:
+    return max(0.001, end_s - time.monotonic())
+
+
+def _missed(who: str, timeout_s: float, error: OSError) -> CollectiveTimeoutError:
+    """`who` by position in the group."""
+    text = f"not all ranks of a group connected within {timeout_s:g} s: {who}: {error}"
+    return CollectiveTimeoutError(text, rank=None, operation="join")
 
 
 def address_towards(host: str) -> str:
@@ -236,9 +252,9 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
 
 
-def _introduced(connection: socket.socket, token: str) -> int | None:
+def _introduced(connection: socket.socket, token: str, timeout_s: float) -> int | None:
     """The position of the rank that this connection proves to be; None for anybody else."""
-    connection.settimeout(_HELLO_TIMEOUT_S)
+    connection.settimeout(timeout_s)
     try:
         hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
     except OSError:

@@ -1,6 +1,7 @@
 """Every way of talking gives what plain torch gives on the tensors of all ranks together."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +169,21 @@ def send_and_leave(group: RankGroup) -> float:
 
 def test_what_was_sent_comes_though_the_sender_leaves() -> None:
     assert run_ranks(2, send_and_leave, config=SMALL) == [7.0, 7.0]
+
+
+def bytes_of_the_probe(group: RankGroup) -> int:
+    collectives: Any = group.axes.tp.collectives
+    links = collectives._links._links.values()
+    before: int = sum(link.num_to_send for link in links)
+    collectives._probe_s()
+    after: int = sum(link.num_to_send for link in links)
+    return after - before
+
+
+def test_more_ranks_do_not_take_a_link_for_slow() -> None:
+    """As large sums, what a rank sends to find out is shared out among the others."""
+    (two, *_), (four, *_) = (run_ranks(size, bytes_of_the_probe, config=TCP) for size in (2, 4))
+    assert abs(four - two) < 0.01 * two
 
 
 def transports(group: RankGroup) -> dict[str, str]:

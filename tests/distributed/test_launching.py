@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from engine.errors import CollectiveTimeoutError
-from engine.parallel import RankEnvironment
+from engine.parallel import CollectivesConfig, ParallelLayout, RankEnvironment, join_group
 
 PROGRAM = """
 import os, sys, torch
@@ -102,3 +102,12 @@ def test_torchrun_starts_ranks() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split("\n")) >= SAID
+
+
+def test_a_rank_that_never_starts_is_told() -> None:
+    place = RankEnvironment(
+        rank=0, world_size=2, local_rank=0, master_address="127.0.0.1", master_port=free_port()
+    )
+    config = CollectivesConfig(join_timeout_s=0.2)
+    with pytest.raises(CollectiveTimeoutError, match=r"not all ranks came within 0.2 s.*place/1"):
+        join_group(ParallelLayout.parse("tp=2"), place, config=config)

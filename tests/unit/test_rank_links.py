@@ -4,10 +4,12 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 import torch
 from torch._C._distributed_c10d import HashStore, Store
+from torch.distributed import DistStoreError
 
 from engine.errors import CollectiveTimeoutError
 from engine.parallel.rank_links import OtherCallError, RankLinks, address_towards, open_links
@@ -113,8 +115,51 @@ def test_a_stranger_does_not_become_a_rank() -> None:
 
 
 def test_a_rank_that_does_not_come_is_told() -> None:
-    with pytest.raises(CollectiveTimeoutError, match=r"not all ranks connected within 0.05 s"):
-        opened(HashStore(), 0, 2, timeout_s=0.05)
+    with pytest.raises(CollectiveTimeoutError, match=r"within 0.05 s: numbers \[1, 2\]: timed out"):
+        opened(HashStore(), 0, 3, timeout_s=0.05)
+
+
+def test_a_rank_that_cannot_be_reached_is_told() -> None:
+    store = HashStore()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    store.set("link/0", json.dumps({"host": "127.0.0.1", "port": port, "token": "x"}))
+    with pytest.raises(CollectiveTimeoutError, match=f"number 0 at 127.0.0.1 port {port}: .*refus"):
+        opened(store, 1, 2)
+
+
+def test_a_stranger_who_says_nothing_does_not_make_the_wait_longer() -> None:
+    store = HashStore()
+    errors: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            opened(store, 0, 2, timeout_s=0.3)
+        except CollectiveTimeoutError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    place = json.loads(store.get("link/0"))
+    with socket.create_connection((place["host"], place["port"])):
+        thread.join(4.0)
+        assert not thread.is_alive()
+    assert len(errors) == 1
+
+
+def test_a_rank_that_gives_up_closes_what_it_has() -> None:
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=0.05))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        place = {"host": "127.0.0.1", "port": listener.getsockname()[1], "token": 32 * "x"}
+        store.set("link/0", json.dumps(place))
+        with pytest.raises(DistStoreError):  # nobody is number 1
+            opened(store, 2, 3)
+        connection, _ = listener.accept()
+        with connection:
+            connection.settimeout(5.0)
+            assert connection.recv(100) == b"\x02\0\0\0" + 32 * b"x"
+            assert connection.recv(1) == b""
 
 
 def test_an_address_of_another_host_is_refused() -> None:
