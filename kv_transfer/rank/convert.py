@@ -41,7 +41,8 @@ def target_to_pb(target: Target) -> pb.KvTarget:
 def target_from(message: pb.KvTarget, source: KvLayout) -> Target:
     """Raises InvalidRequestError when a box is outside either pool, or the pools do not fit."""
     layout = convert.layout_from(message.layout)
-    if layout.bytes_per_cell != source.bytes_per_cell or not message.boxes:
+    cells = [(each.dtype, each.head_dim, each.num_parts) for each in (layout, source)]
+    if cells[0] != cells[1] or not message.boxes:
         raise InvalidRequestError(f"{message.name} has {layout}, this rank {source}")
     return Target(
         name=message.name,

@@ -13,7 +13,7 @@ class StoreConfig:
     spill_dir: Path | None = None
     """Where blocks go that memory has no room for; None: they are dropped. Of one store only."""
     spill_bytes: int = 16 << 30
-    """Most that stands in `spill_dir`."""
+    """Most that this store keeps there. Files of other models and precisions are not counted."""
 
     def __post_init__(self) -> None:
         for name in ("memory_bytes", "spill_bytes"):

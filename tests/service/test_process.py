@@ -144,3 +144,18 @@ def test_the_ready_file_is_whole_when_it_is_there(tmp_path: Path) -> None:
 def _no_leftover_loop_handlers() -> Iterator[None]:
     yield
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+async def test_an_end_whose_output_nobody_reads_has_its_status() -> None:
+    code = "import sys; from mesh.process import end_process; print('told'); end_process(3)"
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code),
+        stdout=writing,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
+    os.close(writing)
+    _, stderr = await process.communicate()
+    assert (process.returncode, stderr) == (3, b"")

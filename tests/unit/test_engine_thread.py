@@ -367,9 +367,9 @@ async def test_a_step_that_does_not_end_is_told_and_nobody_waits_for_it(
 
 async def test_an_idle_engine_is_not_stuck() -> None:
     sink, engine = ListSink(), make_engine()
-    async with EngineThread(engine, step_timeout_s=0.05) as thread:
+    async with EngineThread(engine, step_timeout_s=0.3) as thread:
         thread.submit(request(), LOCAL, sink)
         await sink.wait_until_over("a")
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.2):
+            async with asyncio.timeout(0.5):
                 await thread.dead.wait()

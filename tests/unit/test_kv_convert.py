@@ -8,6 +8,9 @@ from engine.kv_cache.layout import KvLayout
 from kv_transfer import convert
 from kv_transfer.group_layout import GroupLayout
 from kv_transfer.offer import Offer, RankOffer, ShmOffer, TcpOffer
+from kv_transfer.rank import convert as rank_convert
+from kv_transfer.reshard import Box, Transfer
+from kv_transfer.sending_rank import Target
 from protos.isthmus.v1 import kv_transfer_pb2
 from tests.fakes.kv_layouts import group_layout
 
@@ -90,3 +93,18 @@ def test_hashes_that_no_prompt_has_are_refused(hashes: list[bytes], problem: str
     message = kv_transfer_pb2.ReserveRequest(num_tokens=63, block_hashes=hashes)
     with pytest.raises(InvalidRequestError, match=problem):
         convert.block_hashes_from(message, 16)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_a_target_of_rows_as_long_but_of_other_values_is_refused(dtype: str) -> None:
+    """Between the ranks of a worker: rank 0 has compared the pools, its message is checked."""
+    source = replace(LAYOUT, dtype=dtype)
+    other = replace(source, dtype={"int8": "fp8", "bfloat16": "float16"}[dtype])
+    box = Box(0, 30, 0, 3)
+    target = Target(
+        "decode-0", RankOffer(None, None), source, 8, "[::1]:1", (Transfer(0, 0, box, box),)
+    )
+    message = rank_convert.target_to_pb(target)
+    assert rank_convert.target_from(message, source) == target
+    with pytest.raises(InvalidRequestError, match=dtype):
+        rank_convert.target_from(message, other)

@@ -93,6 +93,18 @@ def test_a_linear_layer_gives_the_product(dtype: torch.dtype, inner: int, num_ou
 
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_no_rows_give_no_rows(dtype: torch.dtype) -> None:
+    kernels = kernels_with(dtype, num_threads=2)
+    packed = kernels.pack_linear(random(64, 40, dtype=dtype), None)
+    x_TD = random(0, 40, dtype=dtype)
+    assert (
+        kernels.linear(x_TD, packed).shape == kernels.linear_float32(x_TD, packed).shape == (0, 64)
+    )
+    assert kernels.linear_silu_mul(x_TD, packed).shape == (0, 32)
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("inner", [40, 576, 1536])
 def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype, inner: int) -> None:
     x_TD = random(1111, inner, dtype=dtype)
