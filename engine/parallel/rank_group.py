@@ -10,7 +10,7 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroup, ProcessGroupGloo, Store
 from torch.distributed import DistNetworkError, DistStoreError
 
-from engine.errors import CollectiveTimeoutError
+from engine.errors import CollectiveTimeoutError, RankDeadError
 from engine.parallel.axes import ParallelAxes
 from engine.parallel.collectives import Collectives, CollectivesConfig
 from engine.parallel.environment import RankEnvironment
@@ -151,10 +151,12 @@ def join_group(
     keeper = None if environment.is_store_elsewhere else 0
     try:
         group = _joined(layout, environment, store, keeper, config, device)
-    except (DistNetworkError, DistStoreError) as error:  # of the store, where the ranks meet
-        reason = str(error).partition("\n")[0]
-        text = f"not all ranks came within {config.join_timeout_s:g} s: {reason}"
+    except DistStoreError as error:  # the store waits for what other ranks say
+        text = f"not all ranks came within {config.join_timeout_s:g} s: {_first_line(error)}"
         raise CollectiveTimeoutError(text, rank=None, operation="join") from error
+    except DistNetworkError as error:
+        text = f"the ranks' store was lost before all had come: {_first_line(error)}"
+        raise RankDeadError(text, rank=keeper, operation="join") from error
     group.axes.world.barrier()  # nobody leaves, and takes the store along, before all are there
     return group
 
@@ -222,6 +224,11 @@ def _joined(
                 timeout_s=timeout_s,
             )
     return RankGroup(layout, rank, collectives, config=config, store=store, host=host, watch=watch)
+
+
+def _first_line(error: Exception) -> str:
+    """Of torch's errors, which have many."""
+    return str(error).partition("\n")[0]
 
 
 def _own_connection(store: Store) -> Store:

@@ -4,11 +4,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
+from torch._C._distributed_c10d import TCPStore
 
-from engine.errors import CollectiveTimeoutError
+from engine.errors import CollectiveTimeoutError, RankDeadError
 from engine.parallel import CollectivesConfig, ParallelLayout, RankEnvironment, join_group
 
 PROGRAM = """
@@ -111,3 +113,30 @@ def test_a_rank_that_never_starts_is_told() -> None:
     config = CollectivesConfig(join_timeout_s=0.2)
     with pytest.raises(CollectiveTimeoutError, match=r"not all ranks came within 0.2 s.*place/1"):
         join_group(ParallelLayout.parse("tp=2"), place, config=config)
+
+
+def test_a_store_that_is_lost_before_all_ranks_came_is_told() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = RankEnvironment(
+        rank=0,
+        world_size=2,
+        local_rank=0,
+        master_address="127.0.0.1",
+        master_port=store.port,
+        is_store_elsewhere=True,
+    )
+    errors: list[RankDeadError] = []
+
+    def join() -> None:
+        try:
+            join_group(ParallelLayout.parse("tp=2"), place)
+        except RankDeadError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=join)
+    thread.start()
+    store.get("isthmus/0/place/0")  # it waits for rank 1 now
+    del store
+    thread.join(30)
+    assert [error.operation for error in errors] == ["join"]
+    assert "store was lost before all had come" in str(errors[0])
