@@ -203,7 +203,8 @@ class ModelRunner:
             interval = max(interval, -(-progress.num_layers // 2))
 
         def on_layer(place: int) -> None:
-            if (place + 1) % interval == 0:
+            # Of the last layer is told when the step's rows for the head are computed, too.
+            if (place + 1) % interval == 0 and place + 1 < progress.num_layers:
                 progress.reach(place + 1)
 
         return on_layer

@@ -19,7 +19,16 @@ from pathlib import Path
 
 def options_from(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for flag in ("--role", "--model", "--redis-url", "--host", "--dtype", "--device", "--fail"):
+    for flag in (
+        "--role",
+        "--model",
+        "--redis-url",
+        "--host",
+        "--dtype",
+        "--kv-dtype",
+        "--device",
+        "--fail",
+    ):
         parser.add_argument(flag)
     for flag in ("--port", "--http-port", "--grpc-port", "--core-share-fd", "--fail-rank"):
         parser.add_argument(flag, type=int)

@@ -221,6 +221,7 @@ class FakeDecodeWorker(FakeWorker):
         if request_id is None:
             raise UnknownRequestError(f"no lease {lease_id}")
         self.reserved.discard(request_id)
+        self.note()
         future = self.committed(request_id)
         if not future.done():
             future.set_result(first_token_id)

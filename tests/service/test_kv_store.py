@@ -12,6 +12,7 @@ from engine.errors import DeadlineError, DuplicateRequestError, PeerUnavailableE
 from engine.request import Request, SamplingParams
 from engine.runtime.commands import PrefixFetchEvent, SequenceMode
 from engine.scheduling.block_hash import block_hashes
+from kv_transfer import local_sending_rank
 from kv_transfer.config import DataPlane
 from kv_transfer.handover import Handover
 from kv_transfer.local_sending_rank import LocalLink
@@ -135,14 +136,14 @@ async def test_worker_that_ends_publishes_what_waits(redis, redis_url):
 
 async def test_slow_store_costs_prefixes_and_no_request(redis, redis_url, monkeypatch):
     monkeypatch.setattr(publisher_module, "MAX_WAITING", 2)
-    gate = threading.Event()
-    write = LocalLink._write
+    gate = asyncio.Event()
+    push = Handover.push
 
-    def slow(link: LocalLink, *rest) -> int:
-        gate.wait(10)
-        return write(link, *rest)
+    async def slow(self, *rest, **named):
+        await gate.wait()
+        return await push(self, *rest, **named)
 
-    monkeypatch.setattr(LocalLink, "_write", slow)
+    monkeypatch.setattr(Handover, "push", slow)
     async with running_store(redis) as store, sharing_worker(redis_url, num_blocks=200) as worker:
         for index in range(5):
             await turn(worker, range(index, 64 + index), request_id=str(index))
@@ -433,6 +434,7 @@ async def test_abort_in_the_middle_of_a_fetch_frees_both_sides(
             gate.wait(10)
             return write(link, *rest)
 
+        monkeypatch.setattr(local_sending_rank, "QUICK_BYTES", 0)  # in a thread, as large ones are
         monkeypatch.setattr(LocalLink, "_write", held_back)
         async with sharing_worker(redis_url, plane=plane) as worker:
             await knows_store(worker)
@@ -513,6 +515,7 @@ async def test_write_of_a_store_that_missed_the_abort_reaches_no_block(
         async with sharing_worker(redis_url, plane=plane, num_blocks=8) as worker:
             await knows_store(worker)
             with monkeypatch.context() as hung:
+                hung.setattr(local_sending_rank, "QUICK_BYTES", 0)
                 hung.setattr(LocalLink, "_write", late)
                 hung.setattr(WritePermit, "check", lambda permit: None)
                 worker.start([*PROMPT, 7])
@@ -541,6 +544,7 @@ async def test_worker_that_dies_in_the_middle_of_a_fetch_leaves_no_pins(
             gate.wait(10)
             return write(link, *rest)
 
+        monkeypatch.setattr(local_sending_rank, "QUICK_BYTES", 0)  # in a thread, as large ones are
         monkeypatch.setattr(LocalLink, "_write", held_back)
         async with sharing_worker(redis_url) as worker:
             await knows_store(worker)
