@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from grpc import StatusCode, aio
@@ -21,6 +22,7 @@ from kv_transfer.prefix import fetcher as fetcher_module
 from kv_transfer.prefix import publisher as publisher_module
 from kv_transfer.prefix import stores as stores_module
 from kv_transfer.prefix.publisher import PrefixPublisher
+from kv_transfer.sending_rank import Written
 from kv_transfer.store.servicer import KvStoreServicer
 from mesh.channel import open_channel
 from protos.isthmus.v1 import kv_store_pb2 as pb
@@ -429,7 +431,7 @@ async def test_abort_in_the_middle_of_a_fetch_frees_both_sides(
         entered, gate = threading.Event(), threading.Event()
         write = LocalLink._write
 
-        def held_back(link: LocalLink, *rest) -> int:
+        def held_back(link: LocalLink, *rest: Any) -> Written:
             entered.set()
             gate.wait(10)
             return write(link, *rest)
@@ -507,7 +509,7 @@ async def test_write_of_a_store_that_missed_the_abort_reaches_no_block(
         entered, gate = threading.Event(), threading.Event()
         write = LocalLink._write
 
-        def late(link: LocalLink, *rest) -> int:
+        def late(link: LocalLink, *rest: Any) -> Written:
             entered.set()
             gate.wait(10)
             return write(link, *rest)
@@ -539,7 +541,7 @@ async def test_worker_that_dies_in_the_middle_of_a_fetch_leaves_no_pins(
         entered, gate = threading.Event(), threading.Event()
         write = LocalLink._write
 
-        def held_back(link: LocalLink, *rest) -> int:
+        def held_back(link: LocalLink, *rest: Any) -> Written:
             entered.set()
             gate.wait(10)
             return write(link, *rest)

@@ -271,7 +271,7 @@ def test_cuda_engine_draws_the_same_tokens_as_the_cpu(make_engine, alone):
 
 
 @pytest.mark.parametrize(
-    ("num_cores", "news"), [(2, [1, 2, 3, 3]), (1, [2, 3])], ids=["spare-core", "no-spare-core"]
+    ("num_cores", "news"), [(2, [1, 2, 3]), (1, [2, 3])], ids=["spare-core", "no-spare-core"]
 )
 def test_layers_of_a_prompt_are_announced_while_its_step_goes_on(
     make_engine, monkeypatch, num_cores: int, news: list[int]
