@@ -1,8 +1,12 @@
 """Payloads that the C library moves: the same bytes and checksums as without it."""
 
+import array
+import fcntl
 import random
 import socket
+import termios
 import threading
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -105,6 +109,29 @@ def test_runs_arrive_with_the_checksum_that_xxhash_takes(ends) -> None:
         assert head == HEAD
         assert joined(target) == joined(sent)
         assert found == sums[0] == xxhash.xxh3_64_intdigest(joined(sent)), lengths
+
+
+def num_unread(sock: socket.socket) -> int:
+    count = array.array("i", [0])
+    fcntl.ioctl(sock, termios.FIONREAD, count)
+    return count[0]
+
+
+def test_the_end_of_a_payload_is_not_waited_for_after_it_is_there(ends) -> None:
+    client, server = ends
+    target = runs_of([100_000], 1)
+    client.sendall(bytes(60_000))
+    thread = threading.Thread(
+        target=wire.receive, args=(server, target), kwargs={"has_checksum": True, "timeout_s": 9}
+    )
+    thread.start()
+    end_s = time.monotonic() + stream.TICK_S / 4
+    while num_unread(server) and time.monotonic() < end_s:  # a receiver may take the first part
+        pass
+    client.sendall(bytes(40_000))
+    sent_s = time.monotonic()
+    thread.join()
+    assert time.monotonic() - sent_s < stream.TICK_S / 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 /* Runs of a pool over a socket: as few system calls as it takes, and their checksum meanwhile. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -12,6 +13,7 @@
 /* A piece goes through its checksum while it is in the cache. A receiver sleeps until there is so
  * much that its wake-up, which the sender pays for, is worth it. */
 enum { PIECE_BYTES = 512 << 10, WAKE_BYTES = 256 << 10, MAX_BUFFERS = 1024 };
+enum { TICK_MS = 200 /* as TICK_S of kv_transfer/stream.py */ };
 enum { DONE = 1, TICK = 0, CLOSED = -1, OUTSIDE = -2, FAILED = -16 /* less errno */ };
 
 /* One payload on its way; as `kv_transfer/wire.py` has it. */
@@ -94,10 +96,18 @@ static void advance(payload *it, int64_t moved) {
     }
 }
 
-/* Its blocking calls return only with so many bytes, or at the end, or at the time-out. */
+/* `poll` returns only once so many bytes are there, or at the end, or at the time-out. */
 static void wake_at(int fd, int64_t num_bytes) {
     int least = (int)num_bytes;
     (void)setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &least, sizeof least);
+}
+
+/* As recvmsg, which would first take what is there, and then sleep until as many bytes came after it
+ * as were wanted with it: at the end of what a peer sends, until the time-out. */
+static ssize_t receive_enough(int fd, struct msghdr *message) {
+    struct pollfd wanted = {.fd = fd, .events = POLLIN};
+    if (poll(&wanted, 1, TICK_MS) < 0) return -1;
+    return recvmsg(fd, message, MSG_DONTWAIT); /* of a slow peer, what has come */
 }
 
 static int64_t outcome_of(ssize_t moved) {
@@ -133,7 +143,7 @@ EXPORT int64_t isthmus_receive_payload(int fd, payload *it) {
         int64_t wanted = it->num_left < WAKE_BYTES ? it->num_left : WAKE_BYTES;
         if (wanted != least) wake_at(fd, least = wanted);
         struct msghdr message = {.msg_iov = buffers, .msg_iovlen = (size_t)gather(it, buffers)};
-        ssize_t moved = recvmsg(fd, &message, 0);
+        ssize_t moved = receive_enough(fd, &message);
         if (moved <= 0) {
             outcome = outcome_of(moved);
             break;
