@@ -6,7 +6,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from engine.errors import LayoutMismatchError, PeerUnavailableError
@@ -114,7 +114,8 @@ class LocalLink:
             for choice, target in zip(choices, targets, strict=True)
         ]
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-write")
-        self._num_queued = 0
+        self._jobs: set[Future[Written]] = set()
+        """Of the thread, until they have ended there: whoever waits for one may be gone."""
         is_copied = host is not None and all(writer.is_copying for writer, _ in self._writers)
         slot_bytes = sum(t.source.num_cells for target in targets for t in target.transfers)
         slot_bytes *= memory.layout.bytes_per_cell
@@ -146,20 +147,17 @@ class LocalLink:
         self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None
     ) -> asyncio.Future[Written]:
         loop = asyncio.get_running_loop()
-        if not self._num_queued and SlotRanges.of(parts).num_slots <= self._most_quick_slots:
+        if not self._jobs and SlotRanges.of(parts).num_slots <= self._most_quick_slots:
             return self._write_at_once(loop.create_future(), permit, parts, layers)
-        self._num_queued += 1
-        written = loop.run_in_executor(self._thread, self._write, permit, parts, layers)
-        written.add_done_callback(self._leave_queue)
-        return written
+        job = self._thread.submit(self._write, permit, parts, layers)
+        self._jobs.add(job)
+        job.add_done_callback(self._jobs.discard)
+        return asyncio.wrap_future(job, loop=loop)
 
     def close(self) -> None:
         # The thread has nothing left to do: closing is its last job, so no one waits.
         self._thread.submit(self._close)
         self._thread.shutdown(wait=False)
-
-    def _leave_queue(self, _: asyncio.Future[Written]) -> None:
-        self._num_queued -= 1
 
     def _write_at_once(
         self,

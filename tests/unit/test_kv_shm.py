@@ -174,6 +174,31 @@ async def test_a_small_push_is_there_at_once_but_never_before_one_that_was_asked
         link._thread.shutdown()
 
 
+async def test_a_push_that_nobody_waits_for_any_more_still_keeps_small_ones_waiting() -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    class HeldPermit(WritePermit):
+        def check(self) -> None:
+            entered.set()
+            assert go_on.wait(10)
+
+    with pair() as (intake, writer, remote), HostMemory().fill_randomly(1) as local:
+        target = Target("d0", RankOffer(intake.offer, None), TINY_LAYOUT, 16, "", WHOLE)
+        link = LocalLink(local, host_blocks(local), [target], [WriterChoice(writer, None)])
+        quick, link._most_quick_slots = link._most_quick_slots, 0
+        held = link.write(HeldPermit(LEASE_ID, 1, FakeClock(), 0), ONE_BLOCK)
+        link._most_quick_slots = quick
+        assert await asyncio.to_thread(entered.wait, 10)
+        held.cancel()
+        await asyncio.sleep(0)
+        small = link.write(permit(FakeClock()), [SlotRange(3, 0, 6, 0, 4)])
+        assert not small.done()
+        go_on.set()
+        assert (await small).num_bytes == TINY_LAYOUT.block_bytes
+        np.testing.assert_array_equal(remote.rows()[6], local.rows()[3])
+        link._thread.shutdown()
+
+
 def test_the_fence_waits_for_a_slice_that_is_under_way() -> None:
     with pair() as (intake, writer, remote), HostMemory().fill_randomly(1) as local:
         entered, go_on = threading.Event(), threading.Event()
