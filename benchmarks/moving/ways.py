@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks.moving.case import POOL_BYTES, Case, layout_of
 from benchmarks.moving.far import EPOCH, LEASE_ID, LONG
+from kv_transfer import stream
 from kv_transfer.blocks import host_blocks, source_from
 from kv_transfer.config import Checksums, DataPlane
 from kv_transfer.convert import rank_offer_from
@@ -28,6 +29,8 @@ from kv_transfer.sending_rank import Target
 from kv_transfer.slot_ranges import SlotRanges
 from kv_transfer.store.memory import StoreMemory
 from protos.isthmus.v1 import kv_transfer_pb2 as pb
+
+CONNECT_S = 5.0
 
 
 class FarProcess:
@@ -96,13 +99,17 @@ class MemoryCopy:
 
 
 class PlainSocket:
-    """As many bytes of the same pools in one piece: sendall here, recv_into there, a byte back."""
+    """As many bytes of the same pools in one piece: sendall here, recv_into there, a byte back.
+
+    With the congestion control that ours asks for: which one a system has by default is no merit.
+    """
 
     def open(self, far: FarProcess, block_bytes: int, stack: ExitStack) -> Move:
         pool = stack.enter_context(_pool(block_bytes))
         source = pool.host_bytes
         address = ("127.0.0.1", far.ask("socket", block_bytes=block_bytes)["port"])
-        sock = stack.enter_context(socket.create_connection(address))
+        sock = stack.enter_context(stream.connect(address, timeout_s=CONNECT_S))
+        sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         places = _Places()
 
