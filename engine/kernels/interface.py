@@ -4,7 +4,7 @@ Shape suffixes: T tokens of this step, D model dim, F output features, H query h
 A head dim, P blocks in the pool, L layers, J key then value, C slots in a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,10 +92,14 @@ class FusedLayers(Protocol):
         cos_TA: torch.Tensor,
         sin_TA: torch.Tensor,
         kv_LPJGCA: Sequence[torch.Tensor],
+        *,
+        stops: Sequence[int] = (),
+        on_stop: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         """residual_TD is changed in place; returns what is to be added to it next.
 
-        kv_LPJGCA are views of all layers' parts of one pool.
+        kv_LPJGCA are views of all layers' parts of one pool. After each number of layers in
+        `stops`, which ascend, `on_stop` is called with it; the result is the same to the bit.
         """
 
 

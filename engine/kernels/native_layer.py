@@ -5,7 +5,7 @@ J key then value, G KV heads, C slots in a block.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -126,6 +126,9 @@ class NativeLayers:
         cos_TA: torch.Tensor,
         sin_TA: torch.Tensor,
         kv_LPJGCA: Sequence[torch.Tensor],
+        *,
+        stops: Sequence[int] = (),
+        on_stop: Callable[[int], None] | None = None,
     ) -> torch.Tensor:
         step, first_PJGCA = self._step, kv_LPJGCA[0]
         num_rows, dim = residual_TD.shape
@@ -136,11 +139,16 @@ class NativeLayers:
         _address_of_added(None, residual_TD, step.dtype)
         attended_TD = step.empty(num_rows, dim, step.dtype)
         added_TD = step.empty(num_rows, dim, step.dtype)
-        step.library.layers(
-            *(ctypes.addressof(self._array), len(self._array), step.plan_address),
-            *(residual_TD.data_ptr(), cos_TA.data_ptr(), sin_TA.data_ptr()),
-            *(step.kv_shape_address(first_PJGCA), attended_TD.data_ptr(), added_TD.data_ptr()),
-        )
+        first = 0
+        for end in (*stops, len(self._array)):
+            step.library.layers(
+                *(ctypes.addressof(self._array), first, end, step.plan_address),
+                *(residual_TD.data_ptr(), cos_TA.data_ptr(), sin_TA.data_ptr()),
+                *(step.kv_shape_address(first_PJGCA), attended_TD.data_ptr(), added_TD.data_ptr()),
+            )
+            if end in stops and on_stop is not None:
+                on_stop(end)
+            first = end
         return added_TD
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 LIBRARY_PATH = Path(__file__).parent / "libisthmus.so"
-VERSION = 5
+VERSION = 6
 
 _int, _long, _float, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -33,7 +33,7 @@ _ATTENTION_PART = [
 ]
 _ATTENTION_HALF = [_pointer] * 9
 _MLP_HALF = [_pointer] * 5
-_LAYERS = [_pointer, _long, *([_pointer] * 7)]
+_LAYERS = [_pointer, _long, _long, *([_pointer] * 7)]
 
 NativeCall = Callable[..., None]
 

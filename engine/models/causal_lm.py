@@ -117,6 +117,7 @@ class CausalLM(nn.Module):
         range_index: int = 0,
         *,
         on_layer: Callable[[int], None] | None = None,
+        told_every: int = 1,
     ) -> torch.Tensor:
         """Run one range of this stage's layers, and write their keys and values to the pool.
 
@@ -131,8 +132,9 @@ class CausalLM(nn.Module):
             residual_TD: what the stage before returned; it is changed in place. None for the
                 model's first layers.
             range_index: of `num_ranges`, one after the other.
-            on_layer: told of each layer, by its place in the pool, when its keys and values are
-                there; layers are computed one by one then.
+            on_layer: told of layers, by their places in the pool, when their keys and values and
+                all before them are there.
+            told_every: how many layers from one told of to the next.
 
         Returns:
             After the model's last layer hidden_TD for `logits`; else residual_TD for the stage
@@ -144,9 +146,16 @@ class CausalLM(nn.Module):
             residual_TD = self._scaled(self.embedding(batch.token_T))
         assert residual_TD is not None, "the stage before hands its residual on"
         fused = self._fused_ranges[range_index]
-        if fused is not None and on_layer is None:
-            kv_LPJGCA = [kv_pool.layer(place) for place, _ in self._ranges[range_index]]
-            added_TD = fused(residual_TD, *tables, kv_LPJGCA)
+        if fused is not None:
+            places = [place for place, _ in self._ranges[range_index]]
+            kv_LPJGCA = [kv_pool.layer(place) for place in places]
+            added_TD = fused(
+                residual_TD,
+                *tables,
+                kv_LPJGCA,
+                stops=[] if on_layer is None else _stops(places, told_every),
+                on_stop=None if on_layer is None else lambda stop: on_layer(places[stop - 1]),
+            )
         else:
             local_tables = tables if self._local_rope is None else self._local_rope.tables(batch)
             runs = token_runs(batch, residual_TD, tables, local_tables)
@@ -159,7 +168,7 @@ class CausalLM(nn.Module):
                 for run in self._turns(runs):
                     assert run.add is not None
                     run.add = layer.feed(run.add, run.residual_TD, run.batch)
-                if on_layer is not None:
+                if on_layer is not None and (place + 1) % told_every == 0:
                     on_layer(place)
             added = [run.add() for run in runs if run.add is not None]
             added_TD = added[0] if len(added) == 1 else torch.cat(added)
@@ -232,3 +241,8 @@ class CausalLM(nn.Module):
         if self.config.form.embedding_scale != 1.0:
             x_TD *= torch.tensor(self.config.form.embedding_scale, dtype=x_TD.dtype).item()
         return x_TD
+
+
+def _stops(places: Sequence[int], told_every: int) -> list[int]:
+    """After how many of the layers at `places` one has come that is to be told of."""
+    return [index + 1 for index, place in enumerate(places) if (place + 1) % told_every == 0]

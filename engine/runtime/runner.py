@@ -150,7 +150,7 @@ class ModelRunner:
         progress.begin(step)
         num_tokens = sum(plan.num_tokens for plan in plans)
         is_told = is_watched and num_tokens > 0
-        on_layer = self._layer_news(num_tokens, num_threads) if is_told else None
+        told_every = self._news_interval(num_tokens, num_threads)
         batches: dict[int, tuple[StepPlan, StepBatch]] = {}
         logits: list[torch.Tensor] = []
         for index, range_index in pass_order(num_passes, pipeline.size, num_ranges):
@@ -168,7 +168,8 @@ class ModelRunner:
                 self.pool,
                 residual_TD,
                 range_index,
-                on_layer=on_layer if index == len(plans) - 1 else None,
+                on_layer=self._tell if is_told and index == len(plans) - 1 else None,
+                told_every=told_every,
             )
             if not is_last:
                 pipeline.send(hidden_TD, (pipeline.rank + 1) % pipeline.size)
@@ -190,24 +191,22 @@ class ModelRunner:
         num_bytes = num_tokens * self.pool.layout.bytes_per_token
         return self._device.type == "cpu" and num_bytes > NEWS_BYTES
 
-    def _layer_news(self, num_tokens: int, num_threads: int) -> Callable[[int], None]:
-        """Tells of layers that are written, as soon as they are worth it.
+    def _news_interval(self, num_tokens: int, num_threads: int) -> int:
+        """Of how many layers at a time is told, so that it is worth it.
 
         Where every core computes, sending takes turns with that, and each turn costs more than its
         bytes: then half of the layers leave at once, and the others when the step is over, beside
         its first tokens.
         """
-        progress, num_bytes = self.pool.progress, num_tokens * self.pool.layout.bytes_per_token
-        interval = -(-NEWS_BYTES * progress.num_layers // num_bytes)
-        if num_threads >= self._num_cores:
-            interval = max(interval, -(-progress.num_layers // 2))
+        num_layers = self.pool.progress.num_layers
+        num_bytes = max(1, num_tokens) * self.pool.layout.bytes_per_token
+        interval = -(-NEWS_BYTES * num_layers // num_bytes)
+        return max(interval, -(-num_layers // 2)) if num_threads >= self._num_cores else interval
 
-        def on_layer(place: int) -> None:
-            # Of the last layer is told when the step's rows for the head are computed, too.
-            if (place + 1) % interval == 0 and place + 1 < progress.num_layers:
-                progress.reach(place + 1)
-
-        return on_layer
+    def _tell(self, place: int) -> None:
+        """Of the last layer is told when the step's rows for the head are computed, too."""
+        if place + 1 < self.pool.progress.num_layers:
+            self.pool.progress.reach(place + 1)
 
     def _batch(self, plan: StepPlan, num_threads: int) -> tuple[StepPlan, StepBatch]:
         """This rank's share of a plan, packed."""

@@ -311,6 +311,28 @@ def test_layers_of_a_prompt_are_announced_while_its_step_goes_on(
             assert torch.equal(kv_PJGCA, now_PJGCA), "announced before it was written"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_told_of_have_the_bits_of_a_step_in_one_call(
+    make_engine, monkeypatch, dtype
+) -> None:
+    monkeypatch.setattr(runner, "NEWS_BYTES", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    (prompt,) = make_prompts([40])
+    found: list[torch.Tensor] = []
+    for mode in (LOCAL, PREFILL):
+        engine = make_engine(dtype=dtype)
+        engine.report_to(lambda outputs: None)
+        engine.prepare()
+        pool = engine.runner.pool
+        told: list[None] = []
+        engine.apply(0, Submit(make_request("r", prompt), mode))
+        with pool.progress.telling(lambda told=told: told.append(None)):
+            engine.step()
+        assert len(told) == (1 if mode is LOCAL else 3)
+        found.append(torch.stack([pool.layer(index) for index in range(3)]).clone())
+    assert torch.equal(*found)
+
+
 def test_layers_that_nobody_waits_for_are_not_told_of(make_engine, monkeypatch) -> None:
     monkeypatch.setattr(runner, "NEWS_BYTES", 1)
     engine = make_engine()

@@ -146,12 +146,12 @@ EXPORT void isthmus_mlp_half(const mlp_half *half, const step_plan *step, const 
     linear_into(step, &half->down, y, y_stride, 0, out, half->down.num_out);
 }
 
-/* Layer after layer. `attended` passes within a layer, `added` between layers; what the last layer
- * adds is left in `added`. */
-EXPORT void isthmus_layers(const whole_layer *layers, int64_t num_layers, const step_plan *step,
-                           void *residual, const float *cos, const float *sin,
-                           const kv_shape *shape, void *attended, void *added) {
-    for (int64_t i = 0; i < num_layers; ++i) {
+/* Layers [first, end), one after the other. `attended` passes within a layer, `added` between
+ * layers, so that a call goes on where the one before ended; what the last adds is left in it. */
+EXPORT void isthmus_layers(const whole_layer *layers, int64_t first, int64_t end,
+                           const step_plan *step, void *residual, const float *cos,
+                           const float *sin, const kv_shape *shape, void *attended, void *added) {
+    for (int64_t i = first; i < end; ++i) {
         const whole_layer *layer = &layers[i];
         isthmus_attention_half(layer->attention, step, i ? added : NULL, residual, cos, sin,
                                layer->kv_memory, shape, attended);

@@ -9,7 +9,7 @@
 #endif
 #endif
 
-enum { VERSION = 5, NUM_LEVELS = 5 };
+enum { VERSION = 6, NUM_LEVELS = 5 };
 
 static kernel_table tables[NUM_LEVELS];
 static int num_levels;
