@@ -1,5 +1,7 @@
 """What a client sees when workers fail, come, go or are slow: every token once, and the reason."""
 
+from functools import partial
+
 import grpc
 import pytest
 from grpc import aio
@@ -65,12 +67,16 @@ def stub_of(channel: aio.Channel) -> InferenceStub:
     return InferenceStub(channel)
 
 
+def nothing_reserved(worker: FakeDecodeWorker) -> bool:
+    return not worker.reserved
+
+
 async def settled(gateway: RunningGateway, *workers) -> None:
     """Nothing is held anywhere any more; a time-out of the test says that something is."""
     for worker in workers:
         await worker.until(lambda worker=worker: not worker.open_sequences)
-        if isinstance(worker, FakeDecodeWorker):
-            await worker.until(lambda worker=worker: not worker.reserved)
+    for decode in (worker for worker in workers if isinstance(worker, FakeDecodeWorker)):
+        await decode.until(partial(nothing_reserved, decode))
     assert gateway.service.admission.num_sequences == 0
     await gateway.aborts_acknowledged()
     pools = gateway.service.pools
