@@ -256,7 +256,8 @@ async def test_an_error_of_decode_moves_the_sequence():
         answer = Answer(stub_of(ch), 5)
         assert await answer.read() == expected(5)
         assert [reason for _, reason in answer.degradations] == ["engine_dead"]
-        await settled(gateway, prefill, bad, good)
+        # What a cancelled handover has reserved on `bad` ends with its lease; the fake has none.
+        await settled(gateway, prefill, good)
 
 
 async def test_attempts_are_bounded():
