@@ -73,15 +73,6 @@ class LinkedCollectives(ProcessGroupCollectives):
         parts[self._rank].copy_(x)
         self._begin_parts("all_gather", [x] * self._size, parts)()
 
-    def all_to_all(
-        self,
-        x: torch.Tensor,
-        out: torch.Tensor,
-        send_lengths: Sequence[int],
-        receive_lengths: Sequence[int],
-    ) -> None:
-        self._exchange("all_to_all", x, out, send_lengths, receive_lengths)
-
     def close(self) -> None:
         super().close()
         self._links.close()

@@ -195,6 +195,7 @@ class FakeDecodeWorker(FakeWorker):
     _next_step: "asyncio.Future[None] | None" = None
     _leases: dict[int, str] = field(default_factory=dict)
     _commits: dict[str, "asyncio.Future[int]"] = field(default_factory=dict)
+    _released: set[str] = field(default_factory=set)
 
     role = registry_pb2.WORKER_ROLE_DECODE
 
@@ -209,7 +210,7 @@ class FakeDecodeWorker(FakeWorker):
         return future
 
     def reserve(self, request_id: str) -> int:
-        if request_id in self.aborted:  # by a prefill worker that has not heard of it yet
+        if request_id in self.aborted or request_id in self._released:
             raise KvLeaseLostError(f"{request_id} was aborted")
         self.num_reserved_ever += 1
         self._leases[self.num_reserved_ever] = request_id
@@ -225,6 +226,14 @@ class FakeDecodeWorker(FakeWorker):
         future = self.committed(request_id)
         if not future.done():
             future.set_result(first_token_id)
+
+    def release(self, request_id: str) -> int:
+        """Give back what is reserved, or will be asked for too late."""
+        self._released.add(request_id)
+        was_reserved = request_id in self.reserved
+        self.reserved.discard(request_id)
+        self.note()
+        return int(was_reserved)
 
     def drop(self, request_id: str) -> int:
         """End a sequence and its reservation; blocks that were freed."""
@@ -386,6 +395,16 @@ class _KvServicer(kv_transfer_pb2_grpc.KvTransferServiceServicer):
         self._worker.commit(request.lease_id, request.first_token_id)
         return kv_transfer_pb2.CommitResponse()
 
+    async def Release(
+        self,
+        request: kv_transfer_pb2.ReleaseRequest,
+        context: aio.ServicerContext[
+            kv_transfer_pb2.ReleaseRequest, kv_transfer_pb2.ReleaseResponse
+        ],
+    ) -> kv_transfer_pb2.ReleaseResponse:
+        num_freed_blocks = self._worker.release(request.request_id)
+        return kv_transfer_pb2.ReleaseResponse(num_freed_blocks=num_freed_blocks)
+
 
 @dataclass(slots=True, eq=False)
 class FakePrefillWorker(FakeWorker):
@@ -475,16 +494,22 @@ class _PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         try:
             async with open_channel(request.decode_address) as channel:
                 stub = kv_transfer_pb2_grpc.KvTransferServiceStub(channel)
-                reserved = await stub.Reserve(
-                    kv_transfer_pb2.ReserveRequest(
-                        request_id=request.request_id, epoch=EPOCH, num_tokens=num_tokens
+                try:
+                    reserved = await stub.Reserve(
+                        kv_transfer_pb2.ReserveRequest(
+                            request_id=request.request_id, epoch=EPOCH, num_tokens=num_tokens
+                        )
                     )
-                )
-                await stub.Commit(
-                    kv_transfer_pb2.CommitRequest(
-                        epoch=EPOCH, lease_id=reserved.lease_id, first_token_id=token_id
+                    await stub.Commit(
+                        kv_transfer_pb2.CommitRequest(
+                            epoch=EPOCH, lease_id=reserved.lease_id, first_token_id=token_id
+                        )
                     )
-                )
+                except asyncio.CancelledError:  # as a real one: what it has reserved is given back
+                    await stub.Release(
+                        kv_transfer_pb2.ReleaseRequest(epoch=EPOCH, request_id=request.request_id)
+                    )
+                    raise
         except aio.AioRpcError as error:
             raise error_from_rpc(error) from error
         return prefill_pb2.HandoverReport(

@@ -123,31 +123,9 @@ void isthmus_run_attention(int dtype, attention_job job, int64_t num_sequences, 
     isthmus_run(isthmus_kernels->merge[dtype], &job, plan.num_merges, 1, 0);
 }
 
-EXPORT void isthmus_attention(int dtype, const void *q, void *out, const void *kv,
-                              const kv_shape *shape, int64_t num_heads,
-                              const int32_t *block_table, int64_t table_stride,
-                              const int32_t *query_start, const int32_t *context_len,
-                              int64_t num_sequences, int64_t window, float scale,
-                              int num_threads) {
-    attention_job job = {
-        .q = q,
-        .out = out,
-        .kv_memory = kv,
-        .block_table = block_table,
-        .query_start = query_start,
-        .context_len = context_len,
-        .table_stride = table_stride,
-        .out_stride = num_heads * shape->head_dim,
-        .num_heads = num_heads,
-        .kv = *shape,
-        .window = window,
-        .scale = scale,
-    };
-    isthmus_run_attention(dtype, job, num_sequences, num_threads);
-}
-
-/* A part of attention: to the positions in `spans` alone, `out` and `log_sum` in float32. */
-EXPORT void isthmus_attention_part(int dtype, const void *q, float *out, float *log_sum,
+/* A part of attention: to the positions in `spans` alone, `out` and `log_sum` in float32. Without
+ * both: to the whole context, `out` in the step's type. */
+EXPORT void isthmus_attention_part(int dtype, const void *q, void *out, float *log_sum,
                                    const void *kv, const kv_shape *shape, int64_t num_heads,
                                    const int32_t *block_table, int64_t table_stride,
                                    const int32_t *query_start, const int32_t *context_len,
@@ -172,4 +150,15 @@ EXPORT void isthmus_attention_part(int dtype, const void *q, float *out, float *
         .scale = scale,
     };
     isthmus_run_attention(dtype, job, num_sequences, num_threads);
+}
+
+EXPORT void isthmus_attention(int dtype, const void *q, void *out, const void *kv,
+                              const kv_shape *shape, int64_t num_heads,
+                              const int32_t *block_table, int64_t table_stride,
+                              const int32_t *query_start, const int32_t *context_len,
+                              int64_t num_sequences, int64_t window, float scale,
+                              int num_threads) {
+    isthmus_attention_part(dtype, q, out, NULL, kv, shape, num_heads, block_table, table_stride,
+                           query_start, context_len, NULL, NULL, num_sequences, window, scale,
+                           num_threads);
 }
