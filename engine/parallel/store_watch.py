@@ -84,17 +84,18 @@ class StoreWatch:
         self._wake.set()
 
     def lost(self, ranks: Sequence[int]) -> Verdict | None:
-        """Which of `ranks` left or stands still, if any does by now."""
+        """Which of `ranks` left, or stands still for longest, if any does by now."""
         now_s = time.monotonic()
-        for rank in ranks:
-            if rank != self._rank and self._beats[rank].has_left:
+        others = [rank for rank in ranks if rank != self._rank]
+        for rank in others:
+            if self._beats[rank].has_left:
                 return Verdict(VerdictKind.LEFT, rank)
         if now_s - self._answered_s > STALE_S:
             return Verdict(VerdictKind.DEAD, self._keeper)
-        for rank in ranks:
-            if rank != self._rank and now_s - self._changed_s[rank] > STALE_S:
-                return Verdict(VerdictKind.DEAD, rank)
-        return None
+        still = [rank for rank in others if now_s - self._changed_s[rank] > STALE_S]
+        if not still:
+            return None
+        return Verdict(VerdictKind.DEAD, min(still, key=lambda rank: self._changed_s[rank]))
 
     def last(self, ranks: Sequence[int], axis: str) -> int | None:
         """Which of `ranks` has begun fewer collectives of an axis than this one."""
@@ -114,9 +115,10 @@ class StoreWatch:
         while not is_last:
             is_last = self._is_closing
             try:
-                self._exchange_verdicts()
+                beats = self._read_beats()
+                self._exchange_verdicts()  # who leaves because of trouble has told of it before
+                self._take_in(beats)
                 self._beat(has_left=is_last)
-                self._look()
             except RuntimeError as error:  # torch's errors of the store
                 if not self._is_closing:
                     logger.info("the ranks' store is lost: %s", str(error).partition("\n")[0])
@@ -131,11 +133,13 @@ class StoreWatch:
         beat = _Beat(self._count, dict(self.num_calls), has_left)
         self._store.set(_beat_key(self._rank), msgspec.json.encode(beat).decode())
 
-    def _look(self) -> None:
+    def _read_beats(self) -> list[_Beat]:
         values = self._store.multi_get([_beat_key(rank) for rank in range(len(self._beats))])
+        return [msgspec.json.decode(value, type=_Beat) for value in values]
+
+    def _take_in(self, beats: Sequence[_Beat]) -> None:
         now_s = time.monotonic()
-        for rank, value in enumerate(values):
-            beat = msgspec.json.decode(value, type=_Beat)
+        for rank, beat in enumerate(beats):
             if beat.count != self._beats[rank].count:
                 self._beats[rank] = beat
                 self._changed_s[rank] = now_s
