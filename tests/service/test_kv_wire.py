@@ -119,6 +119,13 @@ def num_unread(sock: socket.socket) -> int:
 
 def test_the_end_of_a_payload_is_not_waited_for_after_it_is_there(ends) -> None:
     client, server = ends
+    # A receiver that sleeps on does so until the tick every time; a busy machine is late now and
+    # then.
+    assert min(seconds_after_the_end(client, server) for _ in range(4)) < stream.TICK_S / 2
+
+
+def seconds_after_the_end(client: socket.socket, server: socket.socket) -> float:
+    """From the last byte of a payload in two parts until its receiver has it."""
     target = runs_of([100_000], 1)
     client.sendall(bytes(60_000))
     thread = threading.Thread(
@@ -131,7 +138,7 @@ def test_the_end_of_a_payload_is_not_waited_for_after_it_is_there(ends) -> None:
     client.sendall(bytes(40_000))
     sent_s = time.monotonic()
     thread.join()
-    assert time.monotonic() - sent_s < stream.TICK_S / 2
+    return time.monotonic() - sent_s
 
 
 @pytest.mark.parametrize(
