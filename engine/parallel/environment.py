@@ -13,7 +13,6 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from engine.errors import CollectiveTimeoutError
 from engine.parallel.layout import ParallelLayout
-from engine.parallel.rank_links import address_towards
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,10 +73,6 @@ class RankEnvironment:
         if self.is_store_elsewhere:
             variables["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         return variables
-
-    def own_address(self) -> str:
-        """Where the other ranks reach this process; rank 0 is where they all meet."""
-        return self.master_address if self.rank == 0 else address_towards(self.master_address)
 
     def check_layout(self, layout: ParallelLayout) -> None:
         """Raise ValueError unless the layout has just as many ranks as were started."""

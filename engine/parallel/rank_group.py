@@ -1,5 +1,6 @@
 """A worker's ranks, joined: their axes, and what ends them together."""
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
@@ -15,6 +16,7 @@ from engine.parallel.axes import ParallelAxes
 from engine.parallel.collectives import Collectives, CollectivesConfig
 from engine.parallel.environment import RankEnvironment
 from engine.parallel.host import SharedHost, share_host
+from engine.parallel.host_address import agreed_address
 from engine.parallel.layout import Axis, ParallelLayout
 from engine.parallel.linked_collectives import LinkedCollectives
 from engine.parallel.process_group import ProcessGroupCollectives
@@ -171,6 +173,9 @@ def _joined(
 ) -> RankGroup:
     rank = environment.rank
     host = share_host(store, layout, rank, config) if config.has_shared_memory else None
+    address = agreed_address(
+        store, rank, layout.num_ranks, master_address=environment.master_address
+    )
     watch: StoreWatch | None = None
     collectives: dict[Axis, Collectives] = {}
     for axis in Axis:
@@ -199,11 +204,11 @@ def _joined(
                 group_store,
                 index,
                 len(ranks),
-                own_address=environment.own_address(),
+                own_address=address,
                 timeout_s=config.join_timeout_s,
             )
             collectives[axis] = LinkedCollectives(
-                _gloo(*parts),
+                _gloo(*parts, own_address=address),
                 links,
                 ranks,
                 rank,
@@ -237,8 +242,17 @@ def _own_connection(store: Store) -> Store:
     return clone
 
 
-def _gloo(store: Store, index: int, size: int, timeout: timedelta) -> ProcessGroup:
-    return cast("ProcessGroup", ProcessGroupGloo(store, index, size, timeout))
+def _gloo(
+    store: Store, index: int, size: int, timeout: timedelta, *, own_address: str
+) -> ProcessGroup:
+    """Listens on `own_address`, unless GLOO_SOCKET_IFNAME says where."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return cast("ProcessGroup", ProcessGroupGloo(store, index, size, timeout))
+    # By itself it takes what the name of this host stands for, which may be a loopback address.
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001
+    options._devices = [ProcessGroupGloo.create_device(hostname=own_address)]  # noqa: SLF001
+    options._timeout = timeout  # noqa: SLF001
+    return cast("ProcessGroup", ProcessGroupGloo(store, index, size, options))
 
 
 def _nccl(store: Store, index: int, size: int, timeout: timedelta) -> ProcessGroup:

@@ -239,15 +239,6 @@ def _missed(who: str, timeout_s: float, error: OSError) -> CollectiveTimeoutErro
     return CollectiveTimeoutError(text, rank=None, operation="join")
 
 
-def address_towards(host: str) -> str:
-    """The address of this host that `host` can reach, as the routes say; sends nothing."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)
-        own: str = probe.getsockname()[0]
-        return own
-
-
 def _family(host: str) -> socket.AddressFamily:
     return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
 

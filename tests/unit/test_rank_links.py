@@ -12,7 +12,7 @@ from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed import DistStoreError
 
 from engine.errors import CollectiveTimeoutError
-from engine.parallel.rank_links import OtherCallError, RankLinks, address_towards, open_links
+from engine.parallel.rank_links import OtherCallError, RankLinks, open_links
 
 LARGE = 4_000_000  # more than lies in the buffers between two sockets
 
@@ -165,7 +165,3 @@ def test_a_rank_that_gives_up_closes_what_it_has() -> None:
 def test_an_address_of_another_host_is_refused() -> None:
     with pytest.raises(ValueError, match=r"cannot listen on 192\.0\.2\.1"):
         open_links(HashStore(), 0, 2, own_address="192.0.2.1", timeout_s=1.0)
-
-
-def test_ranks_of_this_host_meet_on_the_loopback() -> None:
-    assert address_towards("127.0.0.1") == "127.0.0.1"
