@@ -32,6 +32,7 @@ BLAMED = {
 TIMEOUT_S = 2
 """Of silence: what a stopped rank costs."""
 ENVIRONMENT = {"ISTHMUS_COLLECTIVES__COLLECTIVE_TIMEOUT_S": str(TIMEOUT_S)}
+MAX_TRIES = 10
 DEGRADATIONS = "isthmus_gateway_degradations_total"
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 HANDOVERS = "isthmus_handovers_total"
@@ -135,6 +136,30 @@ def check_log(log: str, name: str, how: signal.Signals) -> None:
     assert f"isthmus: {name} serves again" in log
 
 
+def answer_that_loses_a_rank(
+    mesh: MeshProcess, how: signal.Signals, expected: str
+) -> dict[str, Any]:
+    """Have one, in the middle of which its decode worker loses rank 1; that worker's entry.
+
+    On a busy machine an answer may be over before it is found out who computes it: then again.
+    """
+    for _ in range(MAX_TRIES):
+        before = mesh.metric("gateway", DEGRADATIONS, kind="migration")
+        chunks: list[str] = []
+        victim: dict[str, Any] | None = None
+        for chunk in mesh.stream(BODY):
+            chunks.append(chunk)
+            if len(chunks) == 5:
+                victim = next(filter(has_work, mesh.processes("decode")), None)
+                if victim is not None:
+                    os.kill(victim["rank_pids"][1], how)
+        assert "".join(chunks) == expected, how
+        if victim is not None:
+            assert mesh.metric("gateway", DEGRADATIONS, kind="migration") == before + 1
+            return victim
+    raise AssertionError(f"{MAX_TRIES} answers were over before it was known who computed them")
+
+
 @pytest.mark.parametrize(
     ("model_in", "parallel", "ways"),
     [
@@ -153,17 +178,8 @@ def test_a_lost_rank_of_a_decode_worker_costs_no_token(
         expected = answer(mesh)
         victims: list[tuple[str, signal.Signals]] = []
         for how in ways:
-            before = mesh.metric("gateway", DEGRADATIONS, kind="migration")
-            chunks: list[str] = []
-            victim: dict[str, Any] = {}
             health = {entry["name"]: HealthWatch(entry, pool) for entry in mesh.processes("decode")}
-            for chunk in mesh.stream(BODY):
-                chunks.append(chunk)
-                if len(chunks) == 5:
-                    (victim,) = filter(has_work, mesh.processes("decode"))
-                    os.kill(victim["rank_pids"][1], how)
-            assert "".join(chunks) == expected, how
-            assert mesh.metric("gateway", DEGRADATIONS, kind="migration") == before + 1
+            victim = answer_that_loses_a_rank(mesh, how, expected)
             assert health[victim["name"]].last() == NOT_SERVING
             wait_until_back(mesh, victim)
             assert answer(mesh) == expected, how
