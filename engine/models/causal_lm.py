@@ -117,7 +117,7 @@ class CausalLM(nn.Module):
         range_index: int = 0,
         *,
         on_layer: Callable[[int], None] | None = None,
-        told_every: int = 1,
+        told: range = range(0),
     ) -> torch.Tensor:
         """Run one range of this stage's layers, and write their keys and values to the pool.
 
@@ -134,7 +134,7 @@ class CausalLM(nn.Module):
             range_index: of `num_ranges`, one after the other.
             on_layer: told of layers, by their places in the pool, when their keys and values and
                 all before them are there.
-            told_every: how many layers from one told of to the next.
+            told: how many layers are there when it is called.
 
         Returns:
             After the model's last layer hidden_TD for `logits`; else residual_TD for the stage
@@ -153,7 +153,7 @@ class CausalLM(nn.Module):
                 residual_TD,
                 *tables,
                 kv_LPJGCA,
-                stops=[] if on_layer is None else _stops(places, told_every),
+                stops=[] if on_layer is None else _stops(places, told),
                 on_stop=None if on_layer is None else lambda stop: on_layer(places[stop - 1]),
             )
         else:
@@ -168,7 +168,7 @@ class CausalLM(nn.Module):
                 for run in self._turns(runs):
                     assert run.add is not None
                     run.add = layer.feed(run.add, run.residual_TD, run.batch)
-                if on_layer is not None and (place + 1) % told_every == 0:
+                if on_layer is not None and place + 1 in told:
                     on_layer(place)
             added = [run.add() for run in runs if run.add is not None]
             added_TD = added[0] if len(added) == 1 else torch.cat(added)
@@ -243,6 +243,6 @@ class CausalLM(nn.Module):
         return x_TD
 
 
-def _stops(places: Sequence[int], told_every: int) -> list[int]:
+def _stops(places: Sequence[int], told: range) -> list[int]:
     """After how many of the layers at `places` one has come that is to be told of."""
-    return [index + 1 for index, place in enumerate(places) if (place + 1) % told_every == 0]
+    return [index + 1 for index, place in enumerate(places) if place + 1 in told]

@@ -165,6 +165,9 @@ class PlanExecutor(Protocol):
             drawing: the sequences of the drawing chunks, in their order.
         """
 
+    def tell(self) -> None:
+        """Wake those who wait for KV of plans that are finished; their tokens are out by now."""
+
     def forget(self, request_id: str) -> None:
         """Drop what is remembered of a sequence that has ended; unknown ids are fine."""
 
@@ -244,6 +247,7 @@ class Engine(Generic[Executor]):
 
     def step(self) -> list[EngineOutput] | None:
         """Begin as many plans as may be in flight, then finish the earliest."""
+        self.executor.tell()
         begin_s = time.perf_counter()
         outputs: list[EngineOutput] = []
         while len(self._in_flight) < self.executor.max_num_plans:

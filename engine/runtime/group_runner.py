@@ -103,6 +103,9 @@ class GroupRunner:
 
         self._followers.start_watching(fail)
 
+    def tell(self) -> None:
+        self._local.runner.tell()
+
     def watch_steps(self, on_step: Callable[[StepPlan, int], bool]) -> None:
         self._local.runner.watch_steps(on_step)
 

@@ -28,6 +28,7 @@ class ModelExecutor:
     def warm_up(self, num_threads: int) -> None:
         keep_freed_memory()
         warm_up(self.runner, max_num_tokens=self._max_num_tokens, num_threads=num_threads)
+        self.runner.tell()
         self.runner.start_counting()
 
     @property
@@ -54,6 +55,9 @@ class ModelExecutor:
 
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         self.runner.watch(on_failure)
+
+    def tell(self) -> None:
+        self.runner.tell()
 
     def watch_steps(self, on_step: Callable[[StepPlan, int], bool]) -> None:
         self.runner.watch_steps(on_step)

@@ -70,6 +70,8 @@ class RankRunner:
             batches, num_passes, num_threads, step.number, is_watched=step.is_watched
         )
         world = self.group.axes.world
+        if world.rank != 0:
+            self.runner.tell()
         if world.rank == 0:
             self._begun.append((plans, logits_BV))
         elif world.rank == self._drawing_ranks[shard] and own.chunks:

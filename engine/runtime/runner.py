@@ -4,6 +4,7 @@ Shape suffixes: T tokens of this step, B sequences, W blocks per sequence, D mod
 V vocabulary.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,6 +31,9 @@ _WIDTH_STEP = 8  # block tables grow by so many columns, so that their shapes re
 
 NEWS_BYTES = 1 << 20
 """KV that a rank has computed of a step before others hear of it: less is not worth a message."""
+KEPT_SHARE = 0.6
+"""Of a prompt's KV. On one core, sending takes about 4 % of the time of computing: so much later
+comes the first token if all is sent before it, and the second one if nothing is."""
 
 
 class StepRunner(Protocol):
@@ -60,6 +64,9 @@ class StepRunner(Protocol):
     @property
     def expert_tokens(self) -> list[ExpertTokens]:
         """By rank, as far as is known; any thread may ask."""
+
+    def tell(self) -> None:
+        """As `PlanExecutor.tell`."""
 
     def start_counting(self) -> None:
         """The warm-up is over: expert tokens are counted from here on."""
@@ -134,7 +141,8 @@ class ModelRunner:
 
         On CUDA the result is still being computed when this returns. Stages before the last one
         return no rows, and neither do ranks of the sequence axis after the first. When one of
-        that axis' ranks returns, all have written their KV.
+        that axis' ranks returns, all have written their KV; where there are rows, it is told of
+        only by `tell`, since sending would compete with drawing the tokens.
 
         Args:
             plans: at most `num_passes`, in order.
@@ -150,7 +158,7 @@ class ModelRunner:
         progress.begin(step)
         num_tokens = sum(plan.num_tokens for plan in plans)
         is_told = is_watched and num_tokens > 0
-        told_every = self._news_interval(num_tokens, num_threads)
+        told = self._news(plans, num_threads)
         batches: dict[int, tuple[StepPlan, StepBatch]] = {}
         logits: list[torch.Tensor] = []
         for index, range_index in pass_order(num_passes, pipeline.size, num_ranges):
@@ -169,7 +177,7 @@ class ModelRunner:
                 residual_TD,
                 range_index,
                 on_layer=self._tell if is_told and index == len(plans) - 1 else None,
-                told_every=told_every,
+                told=told,
             )
             if not is_last:
                 pipeline.send(hidden_TD, (pipeline.rank + 1) % pipeline.size)
@@ -177,7 +185,9 @@ class ModelRunner:
                 logits.append(self._logits(hidden_TD, plan, batch))
             if range_index == num_ranges - 1:
                 del batches[index]
-        progress.reach(progress.num_layers)  # on CUDA it will; nobody asks, see `_is_news`
+        progress.end()  # on CUDA it will; nobody asks, see `_is_news`
+        if not logits:
+            progress.tell()
         sequence.barrier()
         if not logits:
             return torch.empty((0, 0), dtype=torch.float32, device=self._device)
@@ -191,22 +201,29 @@ class ModelRunner:
         num_bytes = num_tokens * self.pool.layout.bytes_per_token
         return self._device.type == "cpu" and num_bytes > NEWS_BYTES
 
-    def _news_interval(self, num_tokens: int, num_threads: int) -> int:
-        """Of how many layers at a time is told, so that it is worth it.
+    def _news(self, plans: Sequence[StepPlan], num_threads: int) -> range:
+        """How many layers are there whenever it is told of them; the end of the step is apart.
 
         Where every core computes, sending takes turns with that, and each turn costs more than its
-        bytes: then half of the layers leave at once, and the others when the step is over, beside
-        its first tokens.
+        bytes: then a step is told of once, or not at all, so that of what its sequences have until
+        then at most KEPT_SHARE leaves when it is over, beside its first tokens.
         """
         num_layers = self.pool.progress.num_layers
+        chunks = [chunk for plan in plans for chunk in plan.chunks]
+        num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
         num_bytes = max(1, num_tokens) * self.pool.layout.bytes_per_token
         interval = -(-NEWS_BYTES * num_layers // num_bytes)
-        return max(interval, -(-num_layers // 2)) if num_threads >= self._num_cores else interval
+        if num_threads < self._num_cores:
+            return range(interval, num_layers, interval)
+        if not any(chunk.is_drawing for chunk in chunks):
+            return range(0)
+        num_before = sum(chunk.first_position for chunk in chunks)
+        kept_share = KEPT_SHARE * (num_before + num_tokens) / num_tokens
+        first = max(interval, math.ceil(num_layers * (1 - kept_share)))
+        return range(first, num_layers, num_layers) if kept_share < 1 else range(0)
 
     def _tell(self, place: int) -> None:
-        """Of the last layer is told when the step's rows for the head are computed, too."""
-        if place + 1 < self.pool.progress.num_layers:
-            self.pool.progress.reach(place + 1)
+        self.pool.progress.reach(place + 1)
 
     def _batch(self, plan: StepPlan, num_threads: int) -> tuple[StepPlan, StepBatch]:
         """This rank's share of a plan, packed."""
@@ -276,6 +293,9 @@ class ModelRunner:
 
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """Nothing happens between steps."""
+
+    def tell(self) -> None:
+        self.pool.progress.tell()
 
     def watch_steps(self, on_step: Callable[[StepPlan, int], bool]) -> None:
         self._on_step = on_step

@@ -60,6 +60,9 @@ class FakeExecutor:
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         self.fail = on_failure
 
+    def tell(self) -> None:
+        """Nobody waits."""
+
     def watch_steps(self, on_step: Callable[[StepPlan, int], bool]) -> None:
         """Tells of no steps."""
 

@@ -297,13 +297,16 @@ def test_layers_of_a_prompt_are_announced_while_its_step_goes_on(
     engine.apply(1, Submit(make_request("s", prompt[::-1]), LOCAL))
     with pool.progress.telling(look):
         outputs = engine.step()
+        assert [num_layers for num_layers, _ in seen] == news[:-1]
+        engine.step()  # the tokens are out by now
     assert outputs is not None
+    assert {output.request_id for output in outputs if isinstance(output, TokenEvent)} == {"r", "s"}
     (whole,) = (output for output in outputs if isinstance(output, KvComputedEvent))
     assert (whole.first_token, whole.num_tokens, whole.step) == (0, 40, None)
     (event,) = announced
     assert replace(event, step=None) == whole
     assert event.step is not None
-    assert pool.progress.layers_of(event.step + 1) == 0
+    assert pool.progress.layers_of(event.step + 2) == 0
     assert [num_layers for num_layers, _ in seen] == news
     for _, kv_LPJGCA in seen:
         for index, kv_PJGCA in enumerate(kv_LPJGCA):
@@ -328,7 +331,7 @@ def test_layers_told_of_have_the_bits_of_a_step_in_one_call(
         engine.apply(0, Submit(make_request("r", prompt), mode))
         with pool.progress.telling(lambda told=told: told.append(None)):
             engine.step()
-        assert len(told) == (1 if mode is LOCAL else 3)
+        assert len(told) == (0 if mode is LOCAL else 2)
         found.append(torch.stack([pool.layer(index) for index in range(3)]).clone())
     assert torch.equal(*found)
 
@@ -342,7 +345,27 @@ def test_layers_that_nobody_waits_for_are_not_told_of(make_engine, monkeypatch) 
     reached: list[None] = []
     with engine.runner.pool.progress.telling(lambda: reached.append(None)):
         assert engine.step() is not None
-    assert len(reached) == 1
+    assert reached == []
+
+
+def test_where_all_cores_compute_a_prompts_last_step_leaves_beside_its_first_token(
+    make_engine, monkeypatch
+) -> None:
+    monkeypatch.setattr(runner, "NEWS_BYTES", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    engine = make_engine(max_num_batched_tokens=32)
+    progress = engine.runner.pool.progress
+    engine.report_to(lambda outputs: None)
+    (prompt,) = make_prompts([80])
+    engine.apply(0, Submit(make_request("r", prompt), PREFILL))
+    told: list[int] = []
+    counts: list[int] = []
+    with progress.telling(lambda: told.append(progress.layers_of(len(counts) + 1))):
+        for _ in range(4):
+            engine.step()
+            counts.append(len(told))
+    # Two steps are told of at their ends, and the third, which draws, when its token is out.
+    assert counts == [1, 2, 2, 3]
 
 
 def test_little_kv_is_announced_with_its_step(make_engine) -> None:

@@ -72,7 +72,7 @@ class TagExecutor:
         step, plan = self._begun.popleft()
         self._progress.begin(step)
         self._compute(plan, 1)
-        self._progress.reach(NUM_LAYERS)
+        self._progress.end()
         return [DrawnToken(next_token(sequence.token_ids), None) for sequence in drawing]
 
     def _compute(self, plan: StepPlan, layer: int) -> None:
@@ -95,6 +95,9 @@ class TagExecutor:
 
     def watch(self, on_failure: Callable[[Exception], None]) -> None:
         """Cannot fail."""
+
+    def tell(self) -> None:
+        self._progress.tell()
 
     def watch_steps(self, on_step: Callable[[StepPlan, int], bool]) -> None:
         self._on_step = on_step
