@@ -22,7 +22,7 @@ import msgspec
 from benchmarks.moving.comparison import overlap_table, rate_table, verdicts
 from benchmarks.moving.figure import Figure, Overlap
 
-FORMAT = "isthmus-kv-transfer-benchmark-2"
+FORMAT = "isthmus-kv-transfer-benchmark-3"
 OURS = ("memory copy", "shm", "plain socket", "tcp")
 NIXL = ("NIXL write", "NIXL read")
 NIXL_TCP = ("NIXL write, tcp", "NIXL read, tcp")

@@ -1,6 +1,7 @@
 """Tables of what was measured, and what it says about the claims."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from statistics import geometric_mean
 
 from benchmarks.moving.case import Case
@@ -14,31 +15,31 @@ FIRST_TOKEN_BOUND = 0.03
 Rates = dict[str, dict[Case, Figure]]
 
 
-def best_of(figures: Sequence[Figure]) -> Rates:
+def rates_of(figures: Sequence[Figure]) -> Rates:
     """By way, the faster of writing and reading where there are both."""
     found: Rates = {}
     for figure in figures:
         way = figure.way.replace(" write", "").replace(" read", "")
         case = Case(figure.block_bytes, figure.num_blocks)
         before = found.setdefault(way, {}).get(case)
-        if before is None or figure.gb_per_s > before.gb_per_s:
+        if before is None or figure.median_gb_per_s > before.median_gb_per_s:
             found[way][case] = figure
     return found
 
 
 def rate_table(figures: Sequence[Figure]) -> str:
-    """A line a case: GB/s and CPU seconds per GB of each way."""
-    rates = best_of(figures)
+    """A line a case: GB/s of the median run and of the best, and CPU seconds per GB of each way."""
+    rates = rates_of(figures)
     if not rates:
         return ""
-    lines = [f"{'GB/s, CPU s/GB':>16} " + " ".join(f"{way:>13}" for way in rates)]
+    lines = [f"{'GB/s, best, s/GB':>16} " + " ".join(f"{way:>18}" for way in rates)]
     for case in next(iter(rates.values())):
         cells = [
-            f"{some[case].gb_per_s:6.2f} {some[case].cpu_s_per_gb:6.2f}" if case in some else "-"
+            "{:5.2f} {:5.2f} {:6.2f}".format(*astuple(some[case])[3:]) if case in some else "-"
             for some in rates.values()
         ]
         name = f"{case.num_blocks} x {case.block_bytes >> 10} KiB"
-        lines.append(f"{name:>16} " + " ".join(f"{cell:>13}" for cell in cells))
+        lines.append(f"{name:>16} " + " ".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -58,7 +59,7 @@ def overlap_table(overlaps: Sequence[Overlap]) -> str:
 
 def verdicts(figures: Sequence[Figure], overlaps: Sequence[Overlap]) -> str:
     """Each claim, the figures that decide it, met or not."""
-    rates = best_of(figures)
+    rates = rates_of(figures)
     claims = [
         ("shm", "memory copy", 0.8),
         ("shm", "NIXL", 2.0),
@@ -66,8 +67,9 @@ def verdicts(figures: Sequence[Figure], overlaps: Sequence[Overlap]) -> str:
         ("tcp", "NIXL, tcp", 2.0),
     ]
     lines = [
-        _compared(rates, ours, theirs, bound)
+        _compared(rates, ours, theirs, bound, runs, rate)
         for ours, theirs, bound in claims
+        for runs, rate in _RUNS.items()
         if ours in rates and theirs in rates
     ]
     for some in overlaps:
@@ -84,9 +86,11 @@ def verdicts(figures: Sequence[Figure], overlaps: Sequence[Overlap]) -> str:
     return "\n".join(lines)
 
 
-def _compared(rates: Rates, ours: str, theirs: str, bound: float) -> str:
+def _compared(
+    rates: Rates, ours: str, theirs: str, bound: float, runs: str, rate: Callable[[Figure], float]
+) -> str:
     ratios = {
-        case: figure.gb_per_s / rates[theirs][case].gb_per_s
+        case: rate(figure) / rate(rates[theirs][case])
         for case, figure in rates[ours].items()
         if case in rates[theirs]
     }
@@ -97,9 +101,13 @@ def _compared(rates: Rates, ours: str, theirs: str, bound: float) -> str:
             num_met = sum(ratio >= bound for ratio in some)
             mean = geometric_mean(some)
             parts.append(f"{name} {mean:.2f} x, {num_met} of {len(some)} cases met")
-    return f"{ours} / {theirs}, at least {bound}: " + "; ".join(parts)
+    return f"{ours} / {theirs}, at least {bound}, {runs}: " + "; ".join(parts)
 
 
+_RUNS: dict[str, Callable[[Figure], float]] = {
+    "medians": lambda figure: figure.median_gb_per_s,
+    "best runs": lambda figure: figure.best_gb_per_s,
+}
 _SIZES: dict[str, Callable[[Case], bool]] = {
     "from 1 MiB on": lambda case: case.num_bytes >= LARGE_BYTES,
     "below": lambda case: case.num_bytes < LARGE_BYTES,

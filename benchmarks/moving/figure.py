@@ -10,9 +10,10 @@ class Figure:
     way: str
     block_bytes: int
     num_blocks: int
-    gb_per_s: float
-    """Of the best run: what disturbs a run comes from outside."""
     median_gb_per_s: float
+    """What it does."""
+    best_gb_per_s: float
+    """Of the quickest run: what it could do if nothing disturbed it."""
     cpu_s_per_gb: float
     """Of both processes, over all runs."""
 

@@ -79,8 +79,8 @@ def _measured(name: str, case: Case, move: Move, far: FarProcess, limit_s: float
         name,
         case.block_bytes,
         case.num_blocks,
-        case.num_bytes / min(seconds) / 1e9,
         case.num_bytes / statistics.median(seconds) / 1e9,
+        case.num_bytes / min(seconds) / 1e9,
         cpu_s / (case.num_bytes * len(seconds) / 1e9),
     )
 
