@@ -1,5 +1,6 @@
 """Collectives among CPUs of several hosts."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from torch._C._distributed_c10d import ProcessGroup
 from engine.parallel.process_group import ProcessGroupCollectives, add_up
 from engine.parallel.rank_links import RankLinks
 from engine.parallel.store_watch import StoreWatch
+
+logger = logging.getLogger(__name__)
 
 _GATHERED_BYTES = 64 * 1024
 """More than two ranks share out the sum of more: two exchanges, of fewer bytes."""
@@ -59,7 +62,11 @@ class LinkedCollectives(ProcessGroupCollectives):
         )
         self._links = links
         self._others = [index for index in range(self._size) if index != self._rank]
-        self.is_in_background = is_probed and self._probe_s() > _SLOW_S
+        if is_probed:
+            probe_s = self._probe_s()
+            self.is_in_background = probe_s > _SLOW_S
+            how = "in two parts that take turns" if self.is_in_background else "whole"
+            logger.info("%s: %.2f ms an exchange; steps are computed %s", title, 1e3 * probe_s, how)
 
     def begin_all_reduce(self, x: torch.Tensor) -> Callable[[], None]:
         if x.numel() == 0:
