@@ -58,7 +58,7 @@ class _FetchedSource:
     def greeting(self) -> bytes:
         return greeting(self._agent.metadata)
 
-    def content(self, sock: socket.socket, push: Push, frame: Piece) -> FrameContent:
+    def content(self, push: Push, frame: Piece, *, has_wire: bool) -> FrameContent:
         grain = min(frame.source.grain(WHOLE_RUN), frame.target.grain(WHOLE_RUN))
         offsets, lengths = frame.source.runs_of(frame.source_blocks, grain, WHOLE_RUN)
         pool = push.source.blocks.flat.data

@@ -11,8 +11,6 @@ from kv_transfer.runs import merged
 PIECE_BYTES = 512 << 10
 """Goes through the socket and its checksum while it is in the cache, beside what the other end
 does with the same piece or the one before."""
-TOGETHER_BYTES = 64 << 10
-"""Up to this a payload and its checksum go at once: another system call would take longer."""
 SCATTER_BYTES = 8192
 SCATTER_RUNS = 16
 """More runs that are shorter are gathered: cheaper than a system call's list of them."""

@@ -18,6 +18,10 @@ from kv_transfer.reshard import Box, Transfer
 from kv_transfer.slot_ranges import SlotRange, SlotRanges
 
 
+_WHOLE = 1 << 62
+"""Longer than any run."""
+
+
 class Grain(IntEnum):
     """What one run holds of a block."""
 
@@ -27,6 +31,19 @@ class Grain(IntEnum):
     """All slots of neighbouring heads of one part."""
     LAYERS = 2
     """All of neighbouring layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRuns:
+    """What a region has of each of its blocks, for the C library; not to be changed."""
+
+    offsets: Offsets
+    """Inside a block; contiguous, as `lengths` are."""
+    lengths: Offsets
+    addresses: tuple[int, int]
+    """Of both arrays."""
+    pool_block_bytes: int
+    """From one block of the pool to the next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +75,10 @@ class Region:
         """Offsets inside a block and lengths, in the order of slots_LJGNX; not to be changed."""
         return _runs(self, grain, max_bytes)
 
+    def block_runs(self) -> BlockRuns:
+        """As long as they can be."""
+        return _block_runs(self)
+
     def runs_of(
         self, block_indices: Offsets, grain: Grain, max_bytes: int
     ) -> tuple[Offsets, Offsets]:
@@ -68,6 +89,14 @@ class Region:
             return starts + offsets, lengths.repeat(len(starts))
         all_lengths = lengths[None].repeat(len(starts), axis=0)
         return (starts[:, None] + offsets).reshape(-1), all_lengths.reshape(-1)
+
+
+@lru_cache(maxsize=1024)
+def _block_runs(region: Region) -> BlockRuns:
+    runs = region.runs(region.grain(_WHOLE), _WHOLE)
+    offsets, lengths = (np.ascontiguousarray(column) for column in runs)
+    addresses = offsets.ctypes.data, lengths.ctypes.data
+    return BlockRuns(offsets, lengths, addresses, region.layout.block_bytes)
 
 
 @lru_cache(maxsize=1024)

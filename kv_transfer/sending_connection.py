@@ -8,7 +8,7 @@ from typing import Protocol
 
 import xxhash
 
-from kv_transfer import stream, wire
+from kv_transfer import stream
 from kv_transfer.blocks import BlockSource
 from kv_transfer.frame import (
     ANSWER_BYTES,
@@ -20,10 +20,10 @@ from kv_transfer.frame import (
     checksum_to_bytes,
     ids_to_bytes,
 )
-from kv_transfer.payload import PIECE_BYTES, TOGETHER_BYTES, cut, digest
+from kv_transfer.payload import PIECE_BYTES, cut, digest
 from kv_transfer.plane import WritePermit
 from kv_transfer.runs import Piece
-from kv_transfer.wire import Runs
+from kv_transfer.wire import LEAST_BYTES, PoolBlocks, Wire, wire_of
 
 
 class OtherFailedError(Exception):
@@ -56,7 +56,7 @@ class FrameContent:
     """Behind them on the connection."""
     checked: Sequence[memoryview]
     """The payload, for its checksum; the same object where it is what is sent."""
-    runs: Runs | None = None
+    blocks: PoolBlocks | None = None
     """The payload, where it goes by `wire`; nothing else is sent then."""
 
 
@@ -66,8 +66,8 @@ class FrameSource(Protocol):
     def greeting(self) -> bytes:
         """Goes first over a new connection; may be empty."""
 
-    def content(self, sock: socket.socket, push: Push, frame: Piece) -> FrameContent:
-        """Valid until the next call."""
+    def content(self, push: Push, frame: Piece, *, has_wire: bool) -> FrameContent:
+        """Valid until the next call; `has_wire`: it may go by `wire`."""
 
     def await_answer(self, sock: socket.socket, push: Push) -> None:
         """Do what the receiver needs until it has answered; may return at once."""
@@ -91,6 +91,7 @@ class SendingConnection:
         self._has_checksums = has_checksums
         self._tls = tls
         self._socket: socket.socket | None = None
+        self._wire: Wire | None = None
 
     def write(self, push: Push, frames: Sequence[Piece]) -> PushStatus:
         """Send `frames` and wait for the answer.
@@ -101,21 +102,19 @@ class SendingConnection:
         sock = self._socket
         if sock is None:
             sock = self._socket = self._connect()
+            self._wire = wire_of(sock, timeout_s=self._timeout_s)
             if greeting := self._source.greeting():
                 stream.send(sock, greeting, timeout_s=self._timeout_s, check=push.check)
-        tail = b""
-        for index, frame in enumerate(frames):
-            push.check()
-            tail = self._send(sock, push, frame, tail, is_last=index == len(frames) - 1)
-        if tail:
-            stream.send(sock, tail, timeout_s=self._timeout_s, check=push.check)
-        self._source.await_answer(sock, push)
-        return self._receive_answer(sock, push)
+        for frame in frames[:-1]:
+            self._send(sock, push, frame)
+        answer = bytearray(ANSWER_BYTES)
+        self._send(sock, push, frames[-1], answer)
+        return _status_from(answer, push)
 
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
-            self._socket = None
+            self._socket = self._wire = None
 
     def _connect(self) -> socket.socket:
         sock = stream.connect(self._address, timeout_s=self._timeout_s)
@@ -131,13 +130,31 @@ class SendingConnection:
         return secured
 
     def _send(
-        self, sock: socket.socket, push: Push, frame: Piece, before: bytes, *, is_last: bool
-    ) -> bytes:
-        """Send what is left of the frame before, and this one; returns what is left of that.
+        self, sock: socket.socket, push: Push, frame: Piece, answer: bytearray | None = None
+    ) -> None:
+        """With `answer`, it is the last one, and what comes back is received, too."""
+        push.check()
+        has_wire = self._wire is not None and frame.num_bytes >= LEAST_BYTES
+        content = self._source.content(push, frame, has_wire=has_wire)
+        head = self._head(push, frame, is_last=answer is not None)
+        if self._wire is not None and content.blocks is not None:
+            self._wire.send(
+                head,
+                content.blocks,
+                has_checksum=self._has_checksums,
+                answer=answer or bytearray(),
+                check=push.check,
+            )
+            return
+        self._send_views(sock, push, head, content)
+        if answer is not None:
+            self._source.await_answer(sock, push)
+            if not stream.receive(
+                sock, memoryview(answer), timeout_s=self._timeout_s, check=push.check
+            ):
+                raise ConnectionResetError("closed before the push was answered")
 
-        Each system call may have to wake the receiver, which here costs more than the bytes.
-        """
-        content = self._source.content(sock, push, frame)
+    def _head(self, push: Push, frame: Piece, *, is_last: bool) -> bytes:
         ids = ids_to_bytes(frame.target_blocks)
         flags = FrameFlag.LAST if is_last else FrameFlag(0)
         header = FrameHeader(
@@ -153,46 +170,36 @@ class SendingConnection:
             num_bytes=frame.num_bytes,
             ids_checksum=xxhash.xxh3_64_intdigest(ids),
         )
+        return header.to_bytes() + ids
+
+    def _send_views(
+        self, sock: socket.socket, push: Push, head: bytes, content: FrameContent
+    ) -> None:
+        """Each piece is sent while it is in the cache for its checksum, the last one with that."""
 
         def send(*buffers: bytes | memoryview) -> None:
             stream.send(sock, *buffers, timeout_s=self._timeout_s, check=push.check)
 
-        head = before + header.to_bytes() + ids
-        if content.runs is not None:
-            checksum = wire.send(
-                sock,
-                head,
-                content.runs,
-                has_checksum=self._has_checksums,
-                timeout_s=self._timeout_s,
-                check=push.check,
-            )
-            return checksum_to_bytes(checksum) if self._has_checksums else b""
         if not self._has_checksums:
             send(head, *content.sent)
-            return b""
-        if content.checked is not content.sent or frame.num_bytes <= TOGETHER_BYTES:
+        elif content.checked is not content.sent:
             send(head, *content.sent, checksum_to_bytes(digest(content.checked)))
-            return b""
-        hashed = xxhash.xxh3_64()
-        for piece in cut(content.checked, PIECE_BYTES):
-            send(head, *piece) if head else send(*piece)
-            head = b""
-            for view in piece:
-                hashed.update(view)
-        return checksum_to_bytes(hashed.intdigest())
+        else:
+            hashed = xxhash.xxh3_64()
+            pieces = list(cut(content.sent, PIECE_BYTES))
+            for piece in pieces:
+                for view in piece:
+                    hashed.update(view)
+                before = [head] if piece is pieces[0] else []
+                behind = [checksum_to_bytes(hashed.intdigest())] if piece is pieces[-1] else []
+                send(*before, *piece, *behind)
 
-    def _receive_answer(self, sock: socket.socket, push: Push) -> PushStatus:
-        data = bytearray(ANSWER_BYTES)
-        is_open = stream.receive(
-            sock, memoryview(data), timeout_s=self._timeout_s, check=push.check
-        )
-        if not is_open:
-            raise ConnectionResetError("closed before the push was answered")
-        try:
-            answer = answer_from(data)
-        except FrameError as error:
-            raise ConnectionResetError(f"unreadable answer ({error})") from error
-        if (answer.push, answer.lease_id) != (push.number, push.permit.lease_id):
-            raise ConnectionResetError("answer to another push")
-        return answer.status
+
+def _status_from(answer: bytearray, push: Push) -> PushStatus:
+    try:
+        found = answer_from(answer)
+    except FrameError as error:
+        raise ConnectionResetError(f"unreadable answer ({error})") from error
+    if (found.push, found.lease_id) != (push.number, push.permit.lease_id):
+        raise ConnectionResetError("answer to another push")
+    return found.status

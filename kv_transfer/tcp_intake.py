@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from kv_transfer import stream, wire
+from kv_transfer import stream
 from kv_transfer.blocks import host_blocks
 from kv_transfer.config import TransferConfig
 from kv_transfer.copying import Bytes, Offsets
@@ -26,11 +26,11 @@ from kv_transfer.frame_reader import FrameReader, receive_all
 from kv_transfer.gate import FRAME_BYTES, Gate
 from kv_transfer.memory import KvMemory
 from kv_transfer.offer import TcpOffer
-from kv_transfer.payload import PIECE_BYTES, TOGETHER_BYTES, Payload, cut, digest
+from kv_transfer.payload import PIECE_BYTES, Payload, cut
 from kv_transfer.plane import WriteWindow
-from kv_transfer.runs import Region, merged
+from kv_transfer.runs import Region
 from kv_transfer.tls import server_context
-from kv_transfer.wire import Runs
+from kv_transfer.wire import LEAST_BYTES, PoolBlocks, wire_of
 
 
 class TcpIntake:
@@ -87,6 +87,7 @@ class _SocketBody:
     def __init__(self, intake: TcpIntake, connection: Connection) -> None:
         self._intake = intake
         self._connection = connection
+        self._wire = wire_of(connection.socket, timeout_s=intake.timeout_s)
         self._staging: Bytes | None = None
 
     def take(self, header: FrameHeader, block_ids: Offsets) -> PushStatus:
@@ -94,9 +95,12 @@ class _SocketBody:
         if blocks is None:
             return self._receive_for_device(header, block_ids)
         region = Region(blocks.layout, header.box, header.first_slot, header.num_slots)
+        if self._wire is not None and header.num_bytes >= LEAST_BYTES:
+            wanted = PoolBlocks(blocks.flat, region.block_runs(), block_ids)
+            has_checksum = FrameFlag.CHECKSUM in header.flags
+            is_sound = self._wire.receive(wanted, has_checksum=has_checksum)
+            return PushStatus.WRITTEN if is_sound else PushStatus.CORRUPT
         runs = region.runs_of(block_ids, region.grain(FRAME_BYTES), FRAME_BYTES)
-        if wire.is_native(self._connection.socket, header.num_bytes):
-            return self._receive_natively(header, Runs(blocks.flat, *merged(*runs)))
         payload = Payload(blocks.flat, *runs, self._scratch())
         status = self._receive_checked(header, payload.views())
         if status is PushStatus.WRITTEN:
@@ -123,34 +127,21 @@ class _SocketBody:
             )
         return PushStatus.WRITTEN
 
-    def _receive_natively(self, header: FrameHeader, runs: Runs) -> PushStatus:
-        sock, timeout_s = self._connection.socket, self._intake.timeout_s
-        has_checksum = FrameFlag.CHECKSUM in header.flags
-        found = wire.receive(sock, runs, has_checksum=has_checksum, timeout_s=timeout_s)
-        return self._compared(found) if has_checksum else PushStatus.WRITTEN
-
-    def _compared(self, found: int) -> PushStatus:
-        """Receive the checksum that follows."""
-        checksum = bytearray(CHECKSUM_BYTES)
-        receive_all(self._connection, memoryview(checksum), timeout_s=self._intake.timeout_s)
-        return PushStatus.WRITTEN if is_checksum(checksum, found) else PushStatus.CORRUPT
-
     def _receive_checked(self, header: FrameHeader, views: Sequence[memoryview]) -> PushStatus:
         timeout_s = self._intake.timeout_s
         if FrameFlag.CHECKSUM not in header.flags:
             receive_all(self._connection, *views, timeout_s=timeout_s)
             return PushStatus.WRITTEN
-        if header.num_bytes <= TOGETHER_BYTES:
-            checksum = bytearray(CHECKSUM_BYTES)
-            receive_all(self._connection, *views, memoryview(checksum), timeout_s=timeout_s)
-            is_whole = is_checksum(checksum, digest(views))
-            return PushStatus.WRITTEN if is_whole else PushStatus.CORRUPT
         hashed = xxhash.xxh3_64()
-        for piece in cut(views, PIECE_BYTES):
-            receive_all(self._connection, *piece, timeout_s=timeout_s)
+        checksum = bytearray(CHECKSUM_BYTES)
+        pieces = list(cut(views, PIECE_BYTES))
+        for piece in pieces:
+            behind = [memoryview(checksum)] if piece is pieces[-1] else []
+            receive_all(self._connection, *piece, *behind, timeout_s=timeout_s)
             for view in piece:
                 hashed.update(view)
-        return self._compared(hashed.intdigest())
+        is_sound = is_checksum(checksum, hashed.intdigest())
+        return PushStatus.WRITTEN if is_sound else PushStatus.CORRUPT
 
     def _scratch(self) -> Bytes:
         if self._staging is None:

@@ -5,14 +5,13 @@ import ssl
 
 import numpy as np
 
-from kv_transfer import wire
 from kv_transfer.copying import Bytes
 from kv_transfer.frame_writer import FrameWriter
 from kv_transfer.gate import FRAME_BYTES
 from kv_transfer.payload import Payload
-from kv_transfer.runs import Piece, merged
+from kv_transfer.runs import Piece
 from kv_transfer.sending_connection import FrameContent, Push, SendingConnection
-from kv_transfer.wire import Runs
+from kv_transfer.wire import PoolBlocks
 
 
 def tcp_writer(
@@ -50,11 +49,11 @@ class SocketSource:
     def greeting(self) -> bytes:
         return b""
 
-    def content(self, sock: socket.socket, push: Push, frame: Piece) -> FrameContent:
+    def content(self, push: Push, frame: Piece, *, has_wire: bool) -> FrameContent:
         region, pool = frame.source, push.source.blocks.flat
+        if has_wire:
+            return FrameContent((), (), PoolBlocks(pool, region.block_runs(), frame.source_blocks))
         runs = region.runs_of(frame.source_blocks, region.grain(FRAME_BYTES), FRAME_BYTES)
-        if wire.is_native(sock, frame.num_bytes):
-            return FrameContent((), (), Runs(pool, *merged(*runs)))
         payload = Payload(pool, *runs, self._buffer(frame.num_bytes))
         payload.gather()
         views = payload.views()

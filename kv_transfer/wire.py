@@ -1,4 +1,4 @@
-"""Payloads over plain sockets: one call of the C library a frame, which takes the checksum, too."""
+"""Frames over plain sockets: one call of the C library each, which takes the checksum, too."""
 
 import ctypes
 import logging
@@ -12,38 +12,47 @@ from dataclasses import dataclass
 import numpy as np
 
 from kv_transfer.copying import LIBRARY_PATH, Bytes, Offsets
-from kv_transfer.payload import TOGETHER_BYTES
+from kv_transfer.runs import BlockRuns
 from kv_transfer.stream import StalledError
 
 logger = logging.getLogger(__name__)
+
+LEAST_BYTES = 241
+"""Of a payload that goes this way: XXH3 of less is another algorithm."""
 
 _DONE, _TICK, _CLOSED, _OUTSIDE, _FAILED = 1, 0, -1, -2, -16
 _OUTCOME = "a run lies outside of its pool, or the payload is too short for its checksum"
 
 
-class _Payload(ctypes.Structure):
-    """The first fields of `payload` in wire.c; more of it follow that only that knows."""
+class _Frame(ctypes.Structure):
+    """The first fields of `frame` in wire.c; more of it follow that only that knows."""
 
     _fields_ = (
         ("pool", ctypes.c_void_p),
         ("pool_bytes", ctypes.c_int64),
+        ("block_bytes", ctypes.c_int64),
         ("offset", ctypes.c_void_p),
         ("num_bytes", ctypes.c_void_p),
         ("num_runs", ctypes.c_int64),
+        ("block", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_int64),
         ("head", ctypes.c_char_p),
         ("head_bytes", ctypes.c_int64),
         ("has_checksum", ctypes.c_int64),
-        ("checksum", ctypes.c_uint64),
+        ("answer", ctypes.c_void_p),
+        ("answer_bytes", ctypes.c_int64),
+        ("has_begun", ctypes.c_int64),
         ("num_moved", ctypes.c_int64),
+        ("is_sound", ctypes.c_int64),
     )
 
 
-_Move = Callable[[int, "ctypes.Array[ctypes.c_char]"], int]
+_Move = Callable[[int, int], int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Library:
-    payload_bytes: int
+    frame_bytes: int
     send: _Move
     receive: _Move
 
@@ -51,8 +60,8 @@ class _Library:
 def _load() -> _Library | None:
     try:
         library = ctypes.CDLL(str(LIBRARY_PATH))
-        size = library.isthmus_payload_bytes
-        moves = (library.isthmus_send_payload, library.isthmus_receive_payload)
+        size = library.isthmus_frame_bytes
+        moves = (library.isthmus_send_frame, library.isthmus_receive_frame)
     except (OSError, AttributeError) as error:  # not built, or older than its sources
         logger.info("KV goes over sockets piece by piece: %s", error)
         return None
@@ -67,84 +76,101 @@ _native = _load()
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
-    """Bytes of a pool, here and there; all arrays are flat and contiguous."""
+class PoolBlocks:
+    """A frame's payload: the same runs of some blocks, one block after the other."""
 
     pool: Bytes
-    offsets: Offsets
-    lengths: Offsets
+    """Flat and contiguous."""
+    runs: BlockRuns
+    block_ids: Offsets
 
 
-def is_native(sock: socket.socket, num_bytes: int) -> bool:
-    """Whether a payload goes this way."""
-    is_worth_it = num_bytes > TOGETHER_BYTES
-    return _native is not None and is_worth_it and not isinstance(sock, ssl.SSLSocket)
+def wire_of(sock: socket.socket, *, timeout_s: float) -> "Wire | None":
+    """How frames go over a connection; None where the C library cannot: with TLS, or without it."""
+    if _native is None or isinstance(sock, ssl.SSLSocket):
+        return None
+    return Wire(_native, sock, timeout_s=timeout_s)
 
 
-def send(
-    sock: socket.socket,
-    head: bytes,
-    runs: Runs,
-    *,
-    has_checksum: bool,
-    timeout_s: float,
-    check: Callable[[], None],
-) -> int:
-    """Send `head` and then the runs; returns their xxh3_64, or 0.
+class Wire:
+    """One connection and one thread: a frame after the other."""
 
-    Args:
-        sock: prepared, and `is_native` for the payload.
-        head: what goes before.
-        runs: what is sent.
-        has_checksum: take it.
-        timeout_s: longest time without progress.
-        check: called when nothing has moved for a tick; raises to give up.
+    def __init__(self, library: _Library, sock: socket.socket, *, timeout_s: float) -> None:
+        """`sock`: prepared; `timeout_s`: longest time without progress."""
+        self._library = library
+        self._socket = sock
+        self._timeout_s = timeout_s
+        self._memory = ctypes.create_string_buffer(library.frame_bytes)
+        self._address = ctypes.addressof(self._memory)
+        self._frame = _Frame.from_buffer(self._memory)
+        self._pool: Bytes | None = None
 
-    Raises:
-        StalledError: no byte was taken for `timeout_s`.
-        OSError: the connection is of no use any more.
-        IndexError: a run is not inside the pool; nothing was sent.
-    """
-    assert _native is not None
-    return _move(_native, _native.send, sock, head, runs, has_checksum, timeout_s, check)
+    def send(
+        self,
+        head: bytes,
+        blocks: PoolBlocks,
+        *,
+        has_checksum: bool,
+        answer: bytearray,
+        check: Callable[[], None],
+    ) -> None:
+        """Send `head` and `blocks`; then fill `answer`.
 
+        Args:
+            head: what goes before.
+            blocks: the payload, of LEAST_BYTES or more where it has a checksum.
+            has_checksum: the payload's xxh3_64 follows it.
+            answer: what then comes back; may be empty.
+            check: called when nothing has moved for a tick; raises to give up.
 
-def receive(sock: socket.socket, runs: Runs, *, has_checksum: bool, timeout_s: float) -> int:
-    """Fill the runs; as `send`. A peer that closes raises ConnectionResetError."""
-    assert _native is not None
-    return _move(_native, _native.receive, sock, b"", runs, has_checksum, timeout_s, lambda: None)
+        Raises:
+            StalledError: nothing moved for the time-out.
+            OSError: the connection is of no use any more; ConnectionResetError: the peer closed.
+            IndexError: a run is not inside the pool; nothing was sent.
+        """
+        frame = self._aim(blocks, has_checksum=has_checksum)
+        frame.head, frame.head_bytes = head, len(head)
+        space = (ctypes.c_char * len(answer)).from_buffer(answer) if answer else None
+        frame.answer = None if space is None else ctypes.addressof(space)
+        frame.answer_bytes = len(answer)
+        self._move(self._library.send, check)
 
+    def receive(self, blocks: PoolBlocks, *, has_checksum: bool) -> bool:
+        """Fill `blocks`; False when they are not as their checksum says.
 
-def _move(
-    library: _Library,
-    move: _Move,
-    sock: socket.socket,
-    head: bytes,
-    runs: Runs,
-    has_checksum: bool,  # noqa: FBT001 - of the two above
-    timeout_s: float,
-    check: Callable[[], None],
-) -> int:
-    offsets, lengths = np.ascontiguousarray(runs.offsets), np.ascontiguousarray(runs.lengths)
-    memory = ctypes.create_string_buffer(library.payload_bytes)
-    payload = _Payload.from_buffer(memory)
-    payload.pool, payload.pool_bytes = runs.pool.ctypes.data, len(runs.pool)
-    payload.offset, payload.num_bytes = offsets.ctypes.data, lengths.ctypes.data
-    payload.num_runs = len(lengths)
-    payload.head, payload.head_bytes = head, len(head)
-    payload.has_checksum = has_checksum
-    num_moved, progress_s = 0, time.monotonic()
-    while (outcome := move(sock.fileno(), memory)) != _DONE:
-        if outcome == _OUTSIDE:
-            raise IndexError(_OUTCOME)
-        if outcome == _CLOSED:
-            raise ConnectionResetError("closed in the middle of a payload")
-        if outcome != _TICK:
-            number = int(_FAILED - outcome)
-            raise OSError(number, os.strerror(number))
-        check()
-        if payload.num_moved != num_moved:
-            num_moved, progress_s = payload.num_moved, time.monotonic()
-        elif time.monotonic() - progress_s > timeout_s:
-            raise StalledError(f"no byte moved for {timeout_s} s")
-    return int(payload.checksum)
+        Raises as `send`.
+        """
+        frame = self._aim(blocks, has_checksum=has_checksum)
+        self._move(self._library.receive, None)
+        return bool(frame.is_sound)
+
+    def _aim(self, blocks: PoolBlocks, *, has_checksum: bool) -> _Frame:
+        frame, pool, runs = self._frame, blocks.pool, blocks.runs
+        if pool is not self._pool:
+            self._pool = pool
+            frame.pool, frame.pool_bytes = pool.ctypes.data, len(pool)
+        frame.block_bytes, frame.num_runs = runs.pool_block_bytes, len(runs.lengths)
+        frame.offset, frame.num_bytes = runs.addresses
+        self._block_ids = np.ascontiguousarray(blocks.block_ids)
+        frame.block, frame.num_blocks = self._block_ids.ctypes.data, len(self._block_ids)
+        frame.has_checksum, frame.has_begun = has_checksum, 0
+        return frame
+
+    def _move(self, move: _Move, check: Callable[[], None] | None) -> None:
+        frame, fd = self._frame, self._socket.fileno()
+        num_moved = 0
+        progress_s = time.monotonic()
+        while (outcome := move(fd, self._address)) != _DONE:
+            if outcome == _OUTSIDE:
+                raise IndexError(_OUTCOME)
+            if outcome == _CLOSED:
+                raise ConnectionResetError("closed in the middle of a frame")
+            if outcome != _TICK:
+                number = int(_FAILED - outcome)
+                raise OSError(number, os.strerror(number))
+            if check is not None:
+                check()
+            if frame.num_moved != num_moved:
+                num_moved, progress_s = frame.num_moved, time.monotonic()
+            elif time.monotonic() - progress_s > self._timeout_s:
+                raise StalledError(f"no byte moved for {self._timeout_s} s")

@@ -106,6 +106,11 @@ enum { MAX_SPLIT_ROWS = 32 };
 /* Each entry handles items [begin, end) of its job, on any thread. */
 typedef void chunk_fn(const void *job, int64_t begin, int64_t end);
 
+/* Takes `count` stripes of XXH3 into its sums, the `first` of a block and those after it; fetches as
+ * many from `ahead` into the cache meanwhile. */
+typedef void hash_stripes_fn(uint64_t *sums, const uint8_t *from, int64_t count, int first,
+                             const uint8_t *ahead);
+
 typedef struct {
     const char *name;
     chunk_fn *linear[2]; /* by dtype; items are range * num_panels + panel */
@@ -115,6 +120,7 @@ typedef struct {
     chunk_fn *rope[2];
     chunk_fn *attention[2];
     chunk_fn *merge[2]; /* partial results into the output; items are units */
+    hash_stripes_fn *hash_stripes;
 } kernel_table;
 
 /* Fill a table from the lowest level up; each overwrites what it does better. */

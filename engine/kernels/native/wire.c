@@ -1,4 +1,4 @@
-/* Runs of a pool over a socket: as few system calls as it takes, and their checksum meanwhile. */
+/* Frames over a socket: as few system calls as it takes, and the payload's checksum meanwhile. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
@@ -10,90 +10,184 @@
 #include "call.h"
 #include "xxh3.h"
 
-/* A piece goes through its checksum while it is in the cache. A receiver sleeps until there is so
- * much that its wake-up, which the sender pays for, is worth it. */
-enum { PIECE_BYTES = 512 << 10, WAKE_BYTES = 256 << 10, MAX_BUFFERS = 1024 };
+/* A piece goes through its checksum while it is in the cache, and the other end has the one before.
+ * A receiver sleeps until there is so much that its wake-up, which the sender pays for, is worth
+ * it. */
+enum { PIECE_BYTES = 128 << 10, WAKE_BYTES = 64 << 10, CHECKSUM_BYTES = 8 };
+/* So far ahead the cache is filled; behind a run that is not much longer, with the next one, since
+ * the hardware stops at the end of a page. */
+enum { AHEAD_BYTES = 1024, SHORT_BYTES = 8192 };
+enum { MAX_BUFFERS = 1023 /* in one system call, and one for the checksum */ };
 enum { TICK_MS = 200 /* as TICK_S of kv_transfer/stream.py */ };
 enum { DONE = 1, TICK = 0, CLOSED = -1, OUTSIDE = -2, FAILED = -16 /* less errno */ };
 
-/* One payload on its way; as `kv_transfer/wire.py` has it. */
+/* One frame on its way; as `kv_transfer/wire.py` has it. */
 typedef struct {
     char *pool;
-    int64_t pool_bytes;
-    const int64_t *offset, *num_bytes; /* of each run */
+    int64_t pool_bytes, block_bytes;
+    const int64_t *offset, *num_bytes; /* of each run in a block */
     int64_t num_runs;
+    const int64_t *block; /* one payload after the other */
+    int64_t num_blocks;
     const char *head; /* goes before the payload; not part of its checksum */
     int64_t head_bytes;
-    int64_t has_checksum;
-    uint64_t checksum; /* valid once it is done */
+    int64_t has_checksum; /* behind the payload */
+    char *answer;         /* waited for when all is sent */
+    int64_t answer_bytes;
+    int64_t has_begun;
     int64_t num_moved; /* in all, so that a peer that stands still is found out */
-    int64_t run, place, num_left, has_begun, has_avx2;
+    int64_t is_sound;  /* what came is what its checksum says; valid once it is done */
+    /* What follows is known here only. */
+    int64_t num_left; /* of the payload */
+    int64_t checksum_left;
+    uint8_t checksum[CHECKSUM_BYTES];
+    int64_t at_block, at_run, place; /* of what comes next */
+    struct iovec buffers[MAX_BUFFERS + 1];
+    int first_buffer, end_buffer; /* that are still to be sent */
     xxh3 hash;
-} payload;
+} frame;
 
-EXPORT int64_t isthmus_payload_bytes(void) { return (int64_t)sizeof(payload); }
+EXPORT int64_t isthmus_frame_bytes(void) { return (int64_t)sizeof(frame); }
 
-static int has_avx2(void) {
-#if defined(__x86_64__)
-    return strcmp(isthmus_kernels->name, "portable") != 0;
-#else
-    return 0;
-#endif
-}
-
-/* Every run is inside the pool and has a byte; the whole has enough for the checksum. */
-static int begin(payload *it) {
-    int64_t total = 0;
+/* Every block is inside the pool, every run inside its block and not empty; the payload has enough
+ * for the checksum. */
+static int begin(frame *it) {
+    int64_t of_block = 0, most = it->block_bytes > 0 ? it->pool_bytes / it->block_bytes : 0;
     for (int64_t i = 0; i < it->num_runs; ++i) {
         int64_t size = it->num_bytes[i], first = it->offset[i];
-        if (size <= 0 || first < 0 || size > it->pool_bytes || first > it->pool_bytes - size)
+        if (size <= 0 || first < 0 || size > it->block_bytes || first > it->block_bytes - size)
             return 0;
-        total += size;
+        of_block += size;
     }
-    if (it->has_checksum && total < XXH3_LEAST_BYTES) return 0;
-    xxh3_begin(&it->hash, total);
-    it->num_left = total;
-    it->has_avx2 = has_avx2();
+    for (int64_t i = 0; i < it->num_blocks; ++i)
+        if (it->block[i] < 0 || it->block[i] >= most) return 0;
+    it->num_left = of_block * it->num_blocks;
+    if (it->has_checksum && it->num_left < XXH3_LEAST_BYTES) return 0;
+    it->checksum_left = it->has_checksum ? CHECKSUM_BYTES : 0;
+    xxh3_begin(&it->hash, it->num_left, isthmus_kernels->hash_stripes);
+    it->at_block = it->at_run = it->place = 0;
+    it->first_buffer = it->end_buffer = 0;
+    it->num_moved = it->is_sound = 0;
     it->has_begun = 1;
     return 1;
 }
 
-/* The next buffers, a piece of the payload at most. */
-static int gather(const payload *it, struct iovec *buffers) {
-    int count = 0;
-    if (it->head_bytes) buffers[count++] = (struct iovec){(char *)it->head, (size_t)it->head_bytes};
-    int64_t run = it->run, place = it->place, left = PIECE_BYTES;
-    while (run < it->num_runs && left && count < MAX_BUFFERS) {
-        int64_t some = it->num_bytes[run] - place;
-        if (some > left) some = left;
-        buffers[count++] = (struct iovec){it->pool + it->offset[run] + place, (size_t)some};
-        left -= some;
-        place = 0;
-        ++run;
-    }
-    return count;
+/* Where byte `place` of a run lies. */
+static char *byte_at(const frame *it, int64_t block, int64_t run, int64_t place) {
+    return it->pool + it->block[block] * it->block_bytes + it->offset[run] + place;
 }
 
-static void advance(payload *it, int64_t moved) {
-    it->num_moved += moved;
-    int64_t of_head = moved < it->head_bytes ? moved : it->head_bytes;
-    it->head += of_head;
-    it->head_bytes -= of_head;
-    moved -= of_head;
+/* `moved` bytes of the payload are there, or are about to go: on to those behind them. */
+static void pass(frame *it, int64_t moved) {
     it->num_left -= moved;
     while (moved) {
-        int64_t some = it->num_bytes[it->run] - it->place;
+        int64_t some = it->num_bytes[it->at_run] - it->place;
         if (some > moved) some = moved;
-        const char *from = it->pool + it->offset[it->run] + it->place;
-        if (it->has_checksum)
-            xxh3_update(&it->hash, (const uint8_t *)from, some, (int)it->has_avx2);
-        moved -= some;
+        const char *from = byte_at(it, it->at_block, it->at_run, it->place);
         it->place += some;
-        if (it->place == it->num_bytes[it->run]) {
+        moved -= some;
+        if (it->place == it->num_bytes[it->at_run]) {
             it->place = 0;
-            ++it->run;
+            if (++it->at_run == it->num_runs) it->at_run = 0, ++it->at_block;
         }
+        int is_short = some <= SHORT_BYTES && it->at_block < it->num_blocks;
+        const char *ahead = is_short ? byte_at(it, it->at_block, it->at_run, it->place)
+                                     : from + AHEAD_BYTES;
+        if (it->has_checksum)
+            xxh3_update(&it->hash, (const uint8_t *)from, some, (const uint8_t *)ahead);
     }
+}
+
+/* Add the next piece of the payload to the buffers, as runs of neighbours; returns its bytes. */
+static int64_t add_piece(frame *it) {
+    int64_t block = it->at_block, run = it->at_run, place = it->place;
+    int64_t most = it->num_left < PIECE_BYTES ? it->num_left : PIECE_BYTES, total = 0;
+    const char *end = NULL;
+    while (total < most && it->end_buffer < MAX_BUFFERS) {
+        char *from = byte_at(it, block, run, place);
+        int64_t some = it->num_bytes[run] - place;
+        if (some > most - total) some = most - total;
+        if (from == end)
+            it->buffers[it->end_buffer - 1].iov_len += (size_t)some;
+        else
+            it->buffers[it->end_buffer++] = (struct iovec){from, (size_t)some};
+        end = from + some;
+        total += some;
+        place = 0;
+        if (++run == it->num_runs) run = 0, ++block;
+    }
+    return total;
+}
+
+/* There is room for it beside what `add_piece` adds. */
+static void add_checksum(frame *it) {
+    uint8_t *rest = it->checksum + CHECKSUM_BYTES - it->checksum_left;
+    it->buffers[it->end_buffer++] = (struct iovec){rest, (size_t)it->checksum_left};
+}
+
+/* As it travels. */
+static void end_checksum(frame *it, uint8_t *checksum) {
+    uint64_t sum = xxh3_end(&it->hash);
+    for (int i = 0; i < CHECKSUM_BYTES; ++i) checksum[i] = (uint8_t)(sum >> (56 - 8 * i));
+}
+
+static int64_t outcome_of(ssize_t moved) {
+    if (moved == 0) return CLOSED;
+    int is_tick = errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR;
+    return is_tick ? TICK : FAILED - errno;
+}
+
+/* The next piece, with what goes before or behind it. */
+static void load(frame *it) {
+    it->first_buffer = it->end_buffer = 0;
+    if (it->head_bytes) {
+        it->buffers[it->end_buffer++] = (struct iovec){(char *)it->head, (size_t)it->head_bytes};
+        it->head_bytes = 0;
+    }
+    pass(it, add_piece(it));
+    if (!it->num_left && it->checksum_left) {
+        end_checksum(it, it->checksum);
+        add_checksum(it);
+    }
+}
+
+static int64_t send_loaded(int fd, frame *it) {
+    while (it->first_buffer < it->end_buffer) {
+        struct iovec *buffer = it->buffers + it->first_buffer;
+        size_t count = (size_t)(it->end_buffer - it->first_buffer);
+        struct msghdr message = {.msg_iov = buffer, .msg_iovlen = count};
+        ssize_t moved = sendmsg(fd, &message, MSG_NOSIGNAL);
+        if (moved <= 0) return outcome_of(moved);
+        it->num_moved += moved;
+        size_t left = (size_t)moved;
+        for (; left && left >= buffer->iov_len; ++buffer, ++it->first_buffer)
+            left -= buffer->iov_len;
+        if (left) *buffer = (struct iovec){(char *)buffer->iov_base + left, buffer->iov_len - left};
+    }
+    return DONE;
+}
+
+static int64_t receive_answer(int fd, frame *it) {
+    while (it->answer_bytes) {
+        ssize_t moved = recv(fd, it->answer, (size_t)it->answer_bytes, MSG_WAITALL);
+        if (moved <= 0) return outcome_of(moved);
+        it->num_moved += moved;
+        it->answer += moved;
+        it->answer_bytes -= moved;
+    }
+    return DONE;
+}
+
+/* Head, payload and checksum, and then the answer where one is waited for. Both calls go on until
+ * all is moved, or nothing has moved for the socket's own time-out: then call again. */
+EXPORT int64_t isthmus_send_frame(int fd, frame *it) {
+    if (!it->has_begun && !begin(it)) return OUTSIDE;
+    int64_t outcome;
+    do {
+        if (it->num_left && it->first_buffer == it->end_buffer) load(it);
+        outcome = send_loaded(fd, it);
+    } while (outcome == DONE && it->num_left);
+    return outcome == DONE ? receive_answer(fd, it) : outcome;
 }
 
 /* `poll` returns only once so many bytes are there, or at the end, or at the time-out. */
@@ -110,46 +204,33 @@ static ssize_t receive_enough(int fd, struct msghdr *message) {
     return recvmsg(fd, message, MSG_DONTWAIT); /* of a slow peer, what has come */
 }
 
-static int64_t outcome_of(ssize_t moved) {
-    if (moved == 0) return CLOSED;
-    int is_tick = errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR;
-    return is_tick ? TICK : FAILED - errno;
-}
-
-static int64_t end(payload *it) {
-    if (it->has_checksum) it->checksum = xxh3_end(&it->hash);
+static int64_t receive_rest(int fd, frame *it) {
+    int64_t least = 0, left;
+    while ((left = it->num_left + it->checksum_left) != 0) {
+        int64_t wanted = left < WAKE_BYTES ? left : WAKE_BYTES;
+        if (wanted != least) wake_at(fd, least = wanted);
+        it->end_buffer = 0;
+        if (add_piece(it) == it->num_left && it->checksum_left) add_checksum(it);
+        struct msghdr message = {.msg_iov = it->buffers, .msg_iovlen = (size_t)it->end_buffer};
+        ssize_t moved = receive_enough(fd, &message);
+        if (moved <= 0) return outcome_of(moved);
+        it->num_moved += moved;
+        int64_t of_payload = moved < it->num_left ? moved : it->num_left;
+        pass(it, of_payload);
+        it->checksum_left -= moved - of_payload;
+    }
     return DONE;
 }
 
-/* Both go on until all is moved, or nothing has moved for the socket's own time-out: then call
- * again. Bytes of the checksum are not sent and not received. */
-EXPORT int64_t isthmus_send_payload(int fd, payload *it) {
-    struct iovec buffers[MAX_BUFFERS];
+/* Payload and checksum. */
+EXPORT int64_t isthmus_receive_frame(int fd, frame *it) {
     if (!it->has_begun && !begin(it)) return OUTSIDE;
-    while (it->head_bytes || it->num_left) {
-        struct msghdr message = {.msg_iov = buffers, .msg_iovlen = (size_t)gather(it, buffers)};
-        ssize_t moved = sendmsg(fd, &message, MSG_NOSIGNAL);
-        if (moved <= 0) return outcome_of(moved);
-        advance(it, moved);
-    }
-    return end(it);
-}
-
-EXPORT int64_t isthmus_receive_payload(int fd, payload *it) {
-    struct iovec buffers[MAX_BUFFERS];
-    if (!it->has_begun && !begin(it)) return OUTSIDE;
-    int64_t least = 0, outcome = TICK;
-    while (it->num_left) {
-        int64_t wanted = it->num_left < WAKE_BYTES ? it->num_left : WAKE_BYTES;
-        if (wanted != least) wake_at(fd, least = wanted);
-        struct msghdr message = {.msg_iov = buffers, .msg_iovlen = (size_t)gather(it, buffers)};
-        ssize_t moved = receive_enough(fd, &message);
-        if (moved <= 0) {
-            outcome = outcome_of(moved);
-            break;
-        }
-        advance(it, moved);
-    }
+    int64_t outcome = receive_rest(fd, it);
     wake_at(fd, 1); /* what follows is short */
-    return it->num_left ? outcome : end(it);
+    if (outcome == DONE) {
+        uint8_t found[CHECKSUM_BYTES];
+        if (it->has_checksum) end_checksum(it, found);
+        it->is_sound = !it->has_checksum || memcmp(found, it->checksum, sizeof found) == 0;
+    }
+    return outcome;
 }
