@@ -4,7 +4,7 @@ Shape suffixes: P blocks, L layers, J parts (key, value), G KV heads, C slots in
 of a part of a block, X bytes of one head's vector.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,7 @@ import numpy as np
 from engine.kv_cache.layout import KvLayout
 from kv_transfer.copying import Bytes
 from kv_transfer.memory import KvMemory
-from kv_transfer.reshard import Box, Transfer
-from kv_transfer.runs import Piece, pieces
+from kv_transfer.reshard import Box
 from kv_transfer.slot_ranges import SlotRange
 
 
@@ -43,18 +42,6 @@ class BlockSource:
     blocks: HostBlocks
     index_of: dict[int, int] | None
     """Where a block stands in `blocks`; None: under its own id."""
-
-    def pieces_for(
-        self, target: KvLayout, parts: Sequence[SlotRange], transfers: Sequence[Transfer]
-    ) -> Iterator[Piece]:
-        """What is to be read here, and where it goes in a pool of `target`."""
-        return pieces(
-            parts,
-            transfers,
-            source_layout=self.blocks.layout,
-            target_layout=target,
-            source_index=self.index_of,
-        )
 
 
 def source_from(

@@ -7,7 +7,8 @@ one is found before its payload falls into the wrong place, and so has the answe
 
 import struct
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
+from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -32,15 +33,8 @@ MAX_BLOCKS = 1024
 """In one frame."""
 
 
-class FrameFlag(IntFlag):
-    LAST = 1
-    """The push ends with this frame on this connection: answer it."""
-    CHECKSUM = 2
-    """The payload's xxh3_64 follows it, CHECKSUM_BYTES: so it is taken piece by piece of what has
-    just gone over the connection, while the other end has that."""
-
-
-_ALL_FLAGS = int(FrameFlag.LAST | FrameFlag.CHECKSUM)
+_LAST, _CHECKSUM = 1, 2
+"""Flags."""
 
 
 class PushStatus(IntEnum):
@@ -57,9 +51,12 @@ class FrameError(Exception):
     """Bytes on the data port that no sender of ours would send; the text is a metric label."""
 
 
-@dataclass(frozen=True, slots=True)
-class FrameHeader:
-    flags: FrameFlag
+class FrameHeader(NamedTuple):
+    is_last: bool
+    """The push ends with this frame on this connection: answer it."""
+    has_checksum: bool
+    """The payload's xxh3_64 follows it, CHECKSUM_BYTES: so it is taken piece by piece of what goes
+    over the connection, while the other end has what went before."""
     writer_id: int
     """Random; one for each link of a sending rank, whatever it connects and reconnects."""
     push: int
@@ -80,7 +77,7 @@ class FrameHeader:
             _HEADER.pack(
                 MAGIC,
                 VERSION,
-                self.flags,
+                _LAST * self.is_last | _CHECKSUM * self.has_checksum,
                 0,
                 self.writer_id,
                 self.push,
@@ -108,11 +105,12 @@ def header_from(data: bytes | bytearray) -> FrameHeader:
         raise FrameError("bad_version")
     if not _is_sealed(data):
         raise FrameError("damaged")
-    if reserved or flags > _ALL_FLAGS:
+    if reserved or flags > _LAST | _CHECKSUM:
         raise FrameError("bad_flags")
     writer_id, push, lease_id, epoch, num_blocks, first_slot, num_slots, *box, size, ids = rest
     return FrameHeader(
-        flags=FrameFlag(flags),
+        is_last=bool(flags & _LAST),
+        has_checksum=bool(flags & _CHECKSUM),
         writer_id=writer_id,
         push=push,
         lease_id=lease_id,

@@ -9,7 +9,6 @@ from kv_transfer.frame import (
     BLOCK_ID,
     HEADER_BYTES,
     FrameError,
-    FrameFlag,
     FrameHeader,
     PushAnswer,
     PushStatus,
@@ -56,7 +55,7 @@ class FrameReader:
                 self._answer(header, PushStatus.LEASE_LOST if is_lost else PushStatus.REFUSED)
                 raise
             timeout_s = self._timeout_s
-            if FrameFlag.LAST in header.flags:
+            if header.is_last:
                 self._answer(header, status)
                 status, timeout_s = PushStatus.WRITTEN, None
 

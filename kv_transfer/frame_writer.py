@@ -17,7 +17,7 @@ from kv_transfer.frame import PushStatus
 from kv_transfer.gate import blocks_of_frame
 from kv_transfer.plane import WritePermit
 from kv_transfer.reshard import Transfer
-from kv_transfer.runs import Piece
+from kv_transfer.runs import Piece, PiecePlan
 from kv_transfer.sending_connection import OtherFailedError, Push, SendingConnection
 from kv_transfer.slot_ranges import SlotRange
 
@@ -58,6 +58,7 @@ class FrameWriter:
         self._target_layout = target_layout
         self._writer_id = secrets.randbits(64)
         self._num_pushes = 0
+        self._plan: PiecePlan | None = None
         self._threads: ThreadPoolExecutor | None = None
 
     def write(
@@ -69,9 +70,7 @@ class FrameWriter:
     ) -> int:
         frames = [
             frame
-            for piece in source.pieces_for(
-                self._target_layout or source.blocks.layout, parts, transfers
-            )
+            for piece in self._plan_for(source).pieces(parts, transfers, source.index_of)
             for frame in piece.cut(blocks_of_frame(piece.source.block_bytes, self._frame_bytes))
         ]
         if not frames:
@@ -101,6 +100,12 @@ class FrameWriter:
         if self._threads is not None:
             self._threads.shutdown()
             self._threads = None
+
+    def _plan_for(self, source: BlockSource) -> PiecePlan:
+        layout = source.blocks.layout
+        if self._plan is None or self._plan.source_layout is not layout:
+            self._plan = PiecePlan(layout, self._target_layout or layout)
+        return self._plan
 
     def _write(self, push: Push, connection: SendingConnection, frames: Sequence[Piece]) -> None:
         status = None

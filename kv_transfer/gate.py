@@ -30,20 +30,22 @@ class Cuttable(Protocol):
 class _OpenLease:
     """What may be written under a lease, and by which push of each writer."""
 
-    def __init__(self, window: WriteWindow) -> None:
+    def __init__(self, window: WriteWindow, block_size_tokens: int) -> None:
         block_ids = np.array(window.block_ids, np.int64)
         self.window = window
-        self.order = np.argsort(block_ids)
-        self.sorted_ids = block_ids[self.order]
+        order = np.argsort(block_ids)
+        self._sorted_ids = block_ids[order]
+        self._first_tokens = order * block_size_tokens
         self.newest_push: dict[int, int] = {}
 
-    def index_of(self, block_ids: Offsets) -> Offsets:
-        """Where blocks stand in the sequence; raises FrameError when they are not its own."""
-        places = np.searchsorted(self.sorted_ids, block_ids)
-        places[places == len(self.sorted_ids)] = 0
-        if not len(self.sorted_ids) or (self.sorted_ids[places] != block_ids).any():
+    def first_tokens_of(self, block_ids: Offsets) -> Offsets:
+        """Of the sequence, in each block; raises FrameError when they are not its own."""
+        places = self._sorted_ids.searchsorted(block_ids)
+        if not len(self._sorted_ids):
             raise FrameError("foreign_block")
-        return self.order[places]
+        if (self._sorted_ids.take(places, mode="clip") != block_ids).any():
+            raise FrameError("foreign_block")
+        return self._first_tokens.take(places)
 
 
 class Gate:
@@ -60,7 +62,7 @@ class Gate:
         self._busy: dict[int, dict[Cuttable, FrameHeader]] = {}
 
     def open(self, window: WriteWindow) -> None:
-        opened = _OpenLease(window)
+        opened = _OpenLease(window, self._layout.block_size_tokens)
         with self._lock:
             if window.lease_id not in self._fenced:  # an abort may come before the news of a grant
                 self._open[window.lease_id] = opened
@@ -143,7 +145,7 @@ class Gate:
         ]
 
     def _check_place(self, header: FrameHeader, block_ids: Offsets, opened: _OpenLease) -> None:
-        firsts = opened.index_of(block_ids) * self._layout.block_size_tokens + header.first_slot
-        window = opened.window
-        if firsts.min() < window.first_token or firsts.max() + header.num_slots > window.end_token:
+        firsts, window = opened.first_tokens_of(block_ids), opened.window
+        lowest, highest = firsts.min() + header.first_slot, firsts.max() + header.first_slot
+        if lowest < window.first_token or highest + header.num_slots > window.end_token:
             raise FrameError("foreign_slots")

@@ -14,7 +14,6 @@ from kv_transfer.data_listener import Connection, DataListener
 from kv_transfer.frame import (
     CHECKSUM_BYTES,
     FrameError,
-    FrameFlag,
     FrameHeader,
     PushStatus,
     is_checksum,
@@ -107,7 +106,7 @@ class _FetchedBody:
         if len(offsets) != len(addresses):
             raise FrameError("bad_addresses")
         self._intake.agent.read(self._name, addresses, offsets, lengths)
-        if FrameFlag.CHECKSUM in header.flags:
+        if header.has_checksum:
             pool = blocks.flat.data
             runs = zip(offsets.tolist(), lengths.tolist(), strict=True)
             views = [pool[offset : offset + length] for offset, length in runs]
@@ -125,7 +124,7 @@ class _FetchedBody:
         bounds = range(header.num_blocks, most + 1)
         addresses = receive_addresses(self._connection, bounds, timeout_s=timeout_s)
         checksum = bytearray()
-        if FrameFlag.CHECKSUM in header.flags:
+        if header.has_checksum:
             checksum = bytearray(CHECKSUM_BYTES)
             receive_all(self._connection, memoryview(checksum), timeout_s=timeout_s)
         return addresses, checksum

@@ -52,13 +52,15 @@ class NixlWriter(FrameWriter):
 class _FetchedSource:
     """Names the runs that the receiver is to read."""
 
+    sends_blocks = False
+
     def __init__(self, agent: NixlAgent) -> None:
         self._agent = agent
 
     def greeting(self) -> bytes:
         return greeting(self._agent.metadata)
 
-    def content(self, push: Push, frame: Piece, *, has_wire: bool) -> FrameContent:
+    def content(self, push: Push, frame: Piece) -> FrameContent:
         grain = min(frame.source.grain(WHOLE_RUN), frame.target.grain(WHOLE_RUN))
         offsets, lengths = frame.source.runs_of(frame.source_blocks, grain, WHOLE_RUN)
         pool = push.source.blocks.flat.data

@@ -7,14 +7,14 @@ workers; tokens are cut to blocks at each push (`blocks.slot_ranges`).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from engine.kv_cache.layout import KvLayout
 from kv_transfer.balance import Job, share
 from kv_transfer.group_layout import GroupLayout
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """Layers [first_layer, first_layer + num_layers) x heads of one rank's pool, as it counts."""
 
     first_layer: int
@@ -179,8 +179,8 @@ def of_layers(transfers: Sequence[Transfer], layers: range) -> list[Transfer]:
             some.append(
                 replace(
                     transfer,
-                    source=replace(source, first_layer=first, num_layers=num_layers),
-                    target=replace(target, first_layer=target_first, num_layers=num_layers),
+                    source=source._replace(first_layer=first, num_layers=num_layers),
+                    target=target._replace(first_layer=target_first, num_layers=num_layers),
                 )
             )
     return some

@@ -7,7 +7,7 @@ slots of some heads part by part, and whole slots of all heads together.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import product
 
 import numpy as np
@@ -20,6 +20,7 @@ from kv_transfer.slot_ranges import SlotRange, SlotRanges
 
 _WHOLE = 1 << 62
 """Longer than any run."""
+_MAX_REGIONS = 1024
 
 
 class Grain(IntEnum):
@@ -46,19 +47,30 @@ class BlockRuns:
     """From one block of the pool to the next."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Region:
-    """The same slots of the same box, in each of some blocks of one pool."""
+    """The same slots of the same box, in each of some blocks of one pool.
+
+    What it works out it keeps: whoever needs the same one again keeps it, too.
+    """
 
     layout: KvLayout
     box: Box
     first_slot: int
     num_slots: int
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """That it has of one block."""
         return self.num_slots * self.box.num_cells * self.layout.bytes_per_cell
+
+    @cached_property
+    def block_runs(self) -> BlockRuns:
+        """As long as they can be."""
+        runs = self.runs(self.grain(_WHOLE), _WHOLE)
+        offsets, lengths = (np.ascontiguousarray(column) for column in runs)
+        addresses = offsets.ctypes.data, lengths.ctypes.data
+        return BlockRuns(offsets, lengths, addresses, self.layout.block_bytes)
 
     def grain(self, max_bytes: int) -> Grain:
         """The coarsest whose runs are contiguous here, and within `max_bytes` where that goes."""
@@ -75,10 +87,6 @@ class Region:
         """Offsets inside a block and lengths, in the order of slots_LJGNX; not to be changed."""
         return _runs(self, grain, max_bytes)
 
-    def block_runs(self) -> BlockRuns:
-        """As long as they can be."""
-        return _block_runs(self)
-
     def runs_of(
         self, block_indices: Offsets, grain: Grain, max_bytes: int
     ) -> tuple[Offsets, Offsets]:
@@ -89,14 +97,6 @@ class Region:
             return starts + offsets, lengths.repeat(len(starts))
         all_lengths = lengths[None].repeat(len(starts), axis=0)
         return (starts[:, None] + offsets).reshape(-1), all_lengths.reshape(-1)
-
-
-@lru_cache(maxsize=1024)
-def _block_runs(region: Region) -> BlockRuns:
-    runs = region.runs(region.grain(_WHOLE), _WHOLE)
-    offsets, lengths = (np.ascontiguousarray(column) for column in runs)
-    addresses = offsets.ctypes.data, lengths.ctypes.data
-    return BlockRuns(offsets, lengths, addresses, region.layout.block_bytes)
 
 
 @lru_cache(maxsize=1024)
@@ -137,12 +137,15 @@ class Piece:
     def num_bytes(self) -> int:
         return self.source.block_bytes * len(self.source_blocks)
 
-    def cut(self, max_blocks: int) -> Iterator["Piece"]:
-        for first in range(0, len(self.source_blocks), max_blocks):
-            some = slice(first, first + max_blocks)
-            yield Piece(
-                self.source, self.target, self.source_blocks[some], self.target_blocks[some]
-            )
+    def cut(self, max_blocks: int) -> "list[Piece]":
+        num_blocks = len(self.source_blocks)
+        if num_blocks <= max_blocks:
+            return [self]
+        cuts = [slice(first, first + max_blocks) for first in range(0, num_blocks, max_blocks)]
+        return [
+            Piece(self.source, self.target, self.source_blocks[some], self.target_blocks[some])
+            for some in cuts
+        ]
 
 
 def merged(offsets: Offsets, lengths: Offsets) -> tuple[Offsets, Offsets]:
@@ -157,34 +160,45 @@ def merged(offsets: Offsets, lengths: Offsets) -> tuple[Offsets, Offsets]:
     return offsets[firsts], np.add.reduceat(lengths, firsts)
 
 
-def pieces(
-    parts: Sequence[SlotRange],
-    transfers: Sequence[Transfer],
-    *,
-    source_layout: KvLayout,
-    target_layout: KvLayout,
-    source_index: dict[int, int] | None,
-) -> Iterator[Piece]:
-    """All `transfers` of all `parts`.
+class PiecePlan:
+    """What pushes from one pool to another are made of; the same regions again and again."""
 
-    Args:
-        parts: what is written.
-        transfers: from which box to which.
-        source_layout: of the memory that is read.
-        target_layout: of the pool that is written.
-        source_index: where a block stands in the memory that is read; None: under its own id.
-    """
-    if not len(parts):
-        return
-    for same, transfer in product(SlotRanges.of(parts).by_slots(), transfers):
-        rows = same.rows
-        local_slot, remote_slot, num_slots = rows[0, [1, 3, 4]].tolist()
-        blocks = rows[:, 0]
-        if source_index is not None:
-            blocks = np.array([source_index[block_id] for block_id in blocks.tolist()], np.int64)
-        yield Piece(
-            Region(source_layout, transfer.source, local_slot, num_slots),
-            Region(target_layout, transfer.target, remote_slot, num_slots),
-            blocks,
-            rows[:, 2],
-        )
+    def __init__(self, source_layout: KvLayout, target_layout: KvLayout) -> None:
+        self.source_layout = source_layout
+        self._target_layout = target_layout
+        self._regions: dict[tuple[Transfer, int, int, int], tuple[Region, Region]] = {}
+
+    def pieces(
+        self,
+        parts: Sequence[SlotRange],
+        transfers: Sequence[Transfer],
+        source_index: dict[int, int] | None,
+    ) -> Iterator[Piece]:
+        """All `transfers` of all `parts`.
+
+        Args:
+            parts: what is written.
+            transfers: from which box to which.
+            source_index: where a block stands in the memory that is read; None: under its own id.
+        """
+        if not len(parts):
+            return
+        for same, transfer in product(SlotRanges.of(parts).by_slots(), transfers):
+            rows = same.rows
+            blocks = rows[:, 0]
+            if source_index is not None:
+                blocks = np.array([source_index[block_id] for block_id in blocks.tolist()], np.int64)
+            yield Piece(*self._regions_of(transfer, rows), blocks, rows[:, 2])
+
+    def _regions_of(self, transfer: Transfer, rows: Offsets) -> tuple[Region, Region]:
+        local_slot, remote_slot, num_slots = rows.item(1), rows.item(3), rows.item(4)
+        key = transfer, local_slot, remote_slot, num_slots
+        found = self._regions.get(key)
+        if found is None:
+            if len(self._regions) >= _MAX_REGIONS:
+                self._regions.clear()
+            found = self._regions[key] = (
+                Region(self.source_layout, transfer.source, local_slot, num_slots),
+                Region(self._target_layout, transfer.target, remote_slot, num_slots),
+            )
+        return found

@@ -13,7 +13,6 @@ from kv_transfer.blocks import BlockSource
 from kv_transfer.frame import (
     ANSWER_BYTES,
     FrameError,
-    FrameFlag,
     FrameHeader,
     PushStatus,
     answer_from,
@@ -56,18 +55,19 @@ class FrameContent:
     """Behind them on the connection."""
     checked: Sequence[memoryview]
     """The payload, for its checksum; the same object where it is what is sent."""
-    blocks: PoolBlocks | None = None
-    """The payload, where it goes by `wire`; nothing else is sent then."""
 
 
 class FrameSource(Protocol):
     """How the payload of a frame gets to the receiver. One connection's; one thread's."""
 
+    sends_blocks: bool
+    """Its content is the blocks as they are, which may go by `wire` then."""
+
     def greeting(self) -> bytes:
         """Goes first over a new connection; may be empty."""
 
-    def content(self, push: Push, frame: Piece, *, has_wire: bool) -> FrameContent:
-        """Valid until the next call; `has_wire`: it may go by `wire`."""
+    def content(self, push: Push, frame: Piece) -> FrameContent:
+        """Valid until the next call."""
 
     def await_answer(self, sock: socket.socket, push: Push) -> None:
         """Do what the receiver needs until it has answered; may return at once."""
@@ -102,7 +102,8 @@ class SendingConnection:
         sock = self._socket
         if sock is None:
             sock = self._socket = self._connect()
-            self._wire = wire_of(sock, timeout_s=self._timeout_s)
+            if self._source.sends_blocks:
+                self._wire = wire_of(sock, timeout_s=self._timeout_s)
             if greeting := self._source.greeting():
                 stream.send(sock, greeting, timeout_s=self._timeout_s, check=push.check)
         for frame in frames[:-1]:
@@ -134,19 +135,17 @@ class SendingConnection:
     ) -> None:
         """With `answer`, it is the last one, and what comes back is received, too."""
         push.check()
-        has_wire = self._wire is not None and frame.num_bytes >= LEAST_BYTES
-        content = self._source.content(push, frame, has_wire=has_wire)
         head = self._head(push, frame, is_last=answer is not None)
-        if self._wire is not None and content.blocks is not None:
+        if self._wire is not None and frame.num_bytes >= LEAST_BYTES:
             self._wire.send(
                 head,
-                content.blocks,
+                PoolBlocks(push.source.blocks.flat, frame.source.block_runs, frame.source_blocks),
                 has_checksum=self._has_checksums,
                 answer=answer or bytearray(),
                 check=push.check,
             )
             return
-        self._send_views(sock, push, head, content)
+        self._send_views(sock, push, head, self._source.content(push, frame))
         if answer is not None:
             self._source.await_answer(sock, push)
             if not stream.receive(
@@ -156,9 +155,9 @@ class SendingConnection:
 
     def _head(self, push: Push, frame: Piece, *, is_last: bool) -> bytes:
         ids = ids_to_bytes(frame.target_blocks)
-        flags = FrameFlag.LAST if is_last else FrameFlag(0)
         header = FrameHeader(
-            flags=flags | FrameFlag.CHECKSUM if self._has_checksums else flags,
+            is_last=is_last,
+            has_checksum=self._has_checksums,
             writer_id=push.writer_id,
             push=push.number,
             lease_id=push.permit.lease_id,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
+from engine.kv_cache.layout import KvLayout
 from kv_transfer import stream
 from kv_transfer.blocks import host_blocks
 from kv_transfer.config import TransferConfig
@@ -17,7 +18,6 @@ from kv_transfer.copying import Bytes, Offsets
 from kv_transfer.data_listener import Connection, DataListener
 from kv_transfer.frame import (
     CHECKSUM_BYTES,
-    FrameFlag,
     FrameHeader,
     PushStatus,
     is_checksum,
@@ -88,17 +88,17 @@ class _SocketBody:
         self._intake = intake
         self._connection = connection
         self._wire = wire_of(connection.socket, timeout_s=intake.timeout_s)
+        self._last_region: Region | None = None
         self._staging: Bytes | None = None
 
     def take(self, header: FrameHeader, block_ids: Offsets) -> PushStatus:
         blocks = self._intake.blocks
         if blocks is None:
             return self._receive_for_device(header, block_ids)
-        region = Region(blocks.layout, header.box, header.first_slot, header.num_slots)
+        region = self._region(blocks.layout, header)
         if self._wire is not None and header.num_bytes >= LEAST_BYTES:
-            wanted = PoolBlocks(blocks.flat, region.block_runs(), block_ids)
-            has_checksum = FrameFlag.CHECKSUM in header.flags
-            is_sound = self._wire.receive(wanted, has_checksum=has_checksum)
+            wanted = PoolBlocks(blocks.flat, region.block_runs, block_ids)
+            is_sound = self._wire.receive(wanted, has_checksum=header.has_checksum)
             return PushStatus.WRITTEN if is_sound else PushStatus.CORRUPT
         runs = region.runs_of(block_ids, region.grain(FRAME_BYTES), FRAME_BYTES)
         payload = Payload(blocks.flat, *runs, self._scratch())
@@ -106,6 +106,18 @@ class _SocketBody:
         if status is PushStatus.WRITTEN:
             payload.scatter()
         return status
+
+    def _region(self, layout: KvLayout, header: FrameHeader) -> Region:
+        """The one of the frame before, mostly."""
+        box, first_slot, num_slots = header.box, header.first_slot, header.num_slots
+        last = self._last_region
+        if last is None or (last.box, last.first_slot, last.num_slots) != (
+            box,
+            first_slot,
+            num_slots,
+        ):
+            last = self._last_region = Region(layout, box, first_slot, num_slots)
+        return last
 
     def skip(self, header: FrameHeader) -> None:
         self._receive_checked(header, [self._scratch()[: header.num_bytes].data])
@@ -129,7 +141,7 @@ class _SocketBody:
 
     def _receive_checked(self, header: FrameHeader, views: Sequence[memoryview]) -> PushStatus:
         timeout_s = self._intake.timeout_s
-        if FrameFlag.CHECKSUM not in header.flags:
+        if not header.has_checksum:
             receive_all(self._connection, *views, timeout_s=timeout_s)
             return PushStatus.WRITTEN
         hashed = xxhash.xxh3_64()

@@ -11,7 +11,6 @@ from kv_transfer.gate import FRAME_BYTES
 from kv_transfer.payload import Payload
 from kv_transfer.runs import Piece
 from kv_transfer.sending_connection import FrameContent, Push, SendingConnection
-from kv_transfer.wire import PoolBlocks
 
 
 def tcp_writer(
@@ -43,16 +42,16 @@ def tcp_writer(
 class SocketSource:
     """Sends from the pool, or from a buffer where its parts are short."""
 
+    sends_blocks = True
+
     def __init__(self) -> None:
         self._scratch: Bytes | None = None
 
     def greeting(self) -> bytes:
         return b""
 
-    def content(self, push: Push, frame: Piece, *, has_wire: bool) -> FrameContent:
+    def content(self, push: Push, frame: Piece) -> FrameContent:
         region, pool = frame.source, push.source.blocks.flat
-        if has_wire:
-            return FrameContent((), (), PoolBlocks(pool, region.block_runs(), frame.source_blocks))
         runs = region.runs_of(frame.source_blocks, region.grain(FRAME_BYTES), FRAME_BYTES)
         payload = Payload(pool, *runs, self._buffer(frame.num_bytes))
         payload.gather()

@@ -8,8 +8,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
+from typing import NamedTuple
 
 from kv_transfer.copying import LIBRARY_PATH, Bytes, Offsets
 from kv_transfer.runs import BlockRuns
@@ -34,7 +33,7 @@ class _Frame(ctypes.Structure):
         ("offset", ctypes.c_void_p),
         ("num_bytes", ctypes.c_void_p),
         ("num_runs", ctypes.c_int64),
-        ("block", ctypes.c_void_p),
+        ("block", ctypes.c_char_p),
         ("num_blocks", ctypes.c_int64),
         ("head", ctypes.c_char_p),
         ("head_bytes", ctypes.c_int64),
@@ -75,8 +74,7 @@ def _load() -> _Library | None:
 _native = _load()
 
 
-@dataclass(frozen=True, slots=True)
-class PoolBlocks:
+class PoolBlocks(NamedTuple):
     """A frame's payload: the same runs of some blocks, one block after the other."""
 
     pool: Bytes
@@ -151,8 +149,7 @@ class Wire:
             frame.pool, frame.pool_bytes = pool.ctypes.data, len(pool)
         frame.block_bytes, frame.num_runs = runs.pool_block_bytes, len(runs.lengths)
         frame.offset, frame.num_bytes = runs.addresses
-        self._block_ids = np.ascontiguousarray(blocks.block_ids)
-        frame.block, frame.num_blocks = self._block_ids.ctypes.data, len(self._block_ids)
+        frame.block, frame.num_blocks = blocks.block_ids.tobytes(), len(blocks.block_ids)
         frame.has_checksum, frame.has_begun = has_checksum, 0
         return frame
 

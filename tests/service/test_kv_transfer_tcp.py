@@ -21,11 +21,10 @@ from engine.errors import (
     PeerUnavailableError,
 )
 from engine.parallel.layout import MAX_RANKS
-from kv_transfer import frame, sending_connection
+from kv_transfer import frame, wire
 from kv_transfer.blocks import host_blocks, source_from
 from kv_transfer.config import TransferConfig
 from kv_transfer.frame import (
-    FrameFlag,
     FrameHeader,
     PushStatus,
     answer_from,
@@ -64,16 +63,17 @@ class Frame:
     def but(self, *, block_ids: tuple[int, ...] | None = None, **changes: Any) -> "Frame":
         block_ids = self.block_ids if block_ids is None else block_ids
         changes = {"num_blocks": len(block_ids)} | changes
-        return Frame(replace(self.header, **changes), block_ids)
+        return Frame(self.header._replace(**changes), block_ids)
 
     def to_bytes(self) -> bytes:
         ids = ids_to_bytes(np.array(self.block_ids, np.int64))
         checksum = xxhash.xxh3_64_intdigest(ids)
-        return replace(self.header, ids_checksum=checksum).to_bytes() + ids
+        return self.header._replace(ids_checksum=checksum).to_bytes() + ids
 
 
 GOOD_HEADER = FrameHeader(
-    flags=FrameFlag.LAST,
+    is_last=True,
+    has_checksum=False,
     writer_id=1,
     push=1,
     lease_id=LEASE_ID,
@@ -289,11 +289,19 @@ def test_frames_of_a_lease_that_was_taken_back_go_nowhere() -> None:
         assert answer_on(sock) is PushStatus.WRITTEN
 
 
+@pytest.fixture(params=["library", "no library"])
+def library(request, monkeypatch) -> None:
+    """What moves the payload."""
+    if request.param == "no library":
+        monkeypatch.setattr(wire, "_native", None)
+
+
+@pytest.mark.usefixtures("library")
 def test_a_damaged_payload_is_found() -> None:
     with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
         payload = bytearray(os.urandom(BLOCK_BYTES))
         checksum = checksum_to_bytes(xxhash.xxh3_64_intdigest(payload))
-        frame = GOOD.but(flags=FrameFlag.LAST | FrameFlag.CHECKSUM)
+        frame = GOOD.but(has_checksum=True)
         payload[100] ^= 1
         sock.sendall(frame.to_bytes() + payload + checksum)
         assert answer_on(sock) is PushStatus.CORRUPT
@@ -302,15 +310,17 @@ def test_a_damaged_payload_is_found() -> None:
         assert answer_on(sock) is PushStatus.WRITTEN
 
 
+@pytest.mark.usefixtures("library")
 def test_one_damaged_frame_spoils_the_whole_push() -> None:
     with HostMemory() as memory, an_intake(memory) as intake, connected(intake) as sock:
-        bad = GOOD.but(flags=FrameFlag.CHECKSUM)
+        bad = GOOD.but(is_last=False, has_checksum=True)
         sock.sendall(bad.to_bytes() + bytes(BLOCK_BYTES) + checksum_to_bytes(1))
         sock.sendall(GOOD.to_bytes() + bytes(BLOCK_BYTES))
         assert answer_on(sock) is PushStatus.CORRUPT
 
 
 def test_a_large_payload_is_checked_in_pieces(monkeypatch) -> None:
+    monkeypatch.setattr(wire, "_native", None)
     for module in ("tcp_intake", "sending_connection"):
         monkeypatch.setattr(f"kv_transfer.{module}.PIECE_BYTES", 1000)
     parts = [SlotRange(0, 2, 3, 2, 2), SlotRange(1, 0, 9, 0, 4)]
@@ -382,10 +392,16 @@ def test_the_writer_names_what_the_receiver_answered() -> None:
         writer.close()
 
 
-def test_damage_on_the_way_is_named(monkeypatch) -> None:
-    with HostMemory() as memory, HostMemory() as local, an_intake(memory) as intake:
-        writer = a_writer(intake)
-        monkeypatch.setattr(sending_connection, "digest", lambda views: 1)
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("place", [0, 300, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 7])
+def test_damage_on_the_way_is_named(place: int) -> None:
+    with (
+        HostMemory() as memory,
+        HostMemory().fill_randomly(1) as local,
+        an_intake(memory) as intake,
+        Relay(intake.offer.port, damaged_byte=PREFIX_BYTES + place) as relay,
+    ):
+        writer = tcp_writer(("127.0.0.1", relay.port), timeout_s=1.0, has_checksums=True)
         with pytest.raises(KvCorruptionError):
             written(writer, local, [SlotRange(0, 0, 9, 0, 4)])
         writer.close()
@@ -522,11 +538,11 @@ def test_what_crosses_with_tls_cannot_be_read_on_the_way() -> None:
         HostMemory() as memory,
         HostMemory().fill_randomly(1) as local,
         a_secured_intake(memory) as intake,
-        Eavesdropper(intake.offer.port) as wire,
+        Relay(intake.offer.port) as relay,
     ):
         assert intake.offer.is_secured
         writer = tcp_writer(
-            ("127.0.0.1", wire.port),
+            ("127.0.0.1", relay.port),
             timeout_s=5.0,
             has_checksums=True,
             tls=client_context(secured(**SECURED)),
@@ -534,9 +550,9 @@ def test_what_crosses_with_tls_cannot_be_read_on_the_way() -> None:
         assert written(writer, local, whole) == BLOCK_BYTES
         writer.close()
         np.testing.assert_array_equal(memory.rows()[9], local.rows()[0])
-        assert len(wire.heard) > BLOCK_BYTES
-        assert local.rows()[0].tobytes() not in wire.heard
-        assert b"ISKV" not in wire.heard
+        assert len(relay.heard) > BLOCK_BYTES
+        assert local.rows()[0].tobytes() not in relay.heard
+        assert b"ISKV" not in relay.heard
 
 
 @pytest.mark.parametrize("files", [{}, UNKNOWN], ids=["plain", "unknown authority"])
@@ -621,10 +637,11 @@ def test_ends_that_disagree_about_tls_are_told_so(is_secured: bool) -> None:
         choose_writer(target, secured(**SECURED) if is_secured else TransferConfig(), None)
 
 
-class Eavesdropper:
-    """Stands between a writer and a port, and remembers what the writer says."""
+class Relay:
+    """Stands between a writer and a port: remembers what the writer says, or damages it."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, *, damaged_byte: int | None = None) -> None:
+        self._damaged_byte = damaged_byte
         self._target_port = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -648,13 +665,19 @@ class Eavesdropper:
         back.start()
         self._pass_on(near, far, self.heard)
 
-    @staticmethod
-    def _pass_on(source: socket.socket, target: socket.socket, heard: bytearray) -> None:
+    def _pass_on(self, source: socket.socket, target: socket.socket, heard: bytearray) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
+                target.sendall(self._damaged(data, len(heard)))
                 heard += data
-                target.sendall(data)
         for sock in (source, target):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
             sock.close()
+
+    def _damaged(self, data: bytes, first: int) -> bytes:
+        """`first`: of the connection, in this direction."""
+        place = -1 if self._damaged_byte is None else self._damaged_byte - first
+        if not 0 <= place < len(data):
+            return data
+        return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]

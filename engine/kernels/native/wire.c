@@ -137,12 +137,14 @@ static int64_t outcome_of(ssize_t moved) {
     return is_tick ? TICK : FAILED - errno;
 }
 
-/* The next piece, with what goes before or behind it. */
+/* What is to go next: the head alone, so that the receiver, which sleeps, looks at it while the first
+ * piece is made ready; then piece by piece, the last one with the checksum. */
 static void load(frame *it) {
     it->first_buffer = it->end_buffer = 0;
     if (it->head_bytes) {
         it->buffers[it->end_buffer++] = (struct iovec){(char *)it->head, (size_t)it->head_bytes};
         it->head_bytes = 0;
+        return;
     }
     pass(it, add_piece(it));
     if (!it->num_left && it->checksum_left) {

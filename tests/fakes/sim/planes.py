@@ -17,7 +17,7 @@ from kv_transfer import range_lock
 from kv_transfer.blocks import HostBlocks, host_blocks
 from kv_transfer.computed import layers_computed
 from kv_transfer.copying import Bytes
-from kv_transfer.frame import FrameError, FrameFlag, FrameHeader, PushStatus
+from kv_transfer.frame import FrameError, FrameHeader, PushStatus
 from kv_transfer.gate import Gate
 from kv_transfer.plane import WritePermit, WriteWindow
 from kv_transfer.receiver import KvReceiver
@@ -230,7 +230,8 @@ class SimTcpLink(SimLink):
     ) -> "Frame":
         data = self._source.read(self._end.watch, part, transfer.source)
         header = FrameHeader(
-            flags=FrameFlag.LAST if is_last else FrameFlag(0),
+            is_last=is_last,
+            has_checksum=True,
             writer_id=self._writer_id,
             push=self._num_pushes,
             lease_id=permit.lease_id,
@@ -307,7 +308,7 @@ class SimConnection:
             while (frame := await self._frames.get()) is not None:
                 await self._transit()
                 status = max(status, await self._receive_frame(frame))
-                if FrameFlag.LAST in frame.header.flags:
+                if frame.header.is_last:
                     self.answers.put_nowait(status)
                     status = PushStatus.WRITTEN
         except FrameError:
