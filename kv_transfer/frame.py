@@ -107,21 +107,8 @@ def header_from(data: bytes | bytearray) -> FrameHeader:
         raise FrameError("damaged")
     if reserved or flags > _LAST | _CHECKSUM:
         raise FrameError("bad_flags")
-    writer_id, push, lease_id, epoch, num_blocks, first_slot, num_slots, *box, size, ids = rest
-    return FrameHeader(
-        is_last=bool(flags & _LAST),
-        has_checksum=bool(flags & _CHECKSUM),
-        writer_id=writer_id,
-        push=push,
-        lease_id=lease_id,
-        epoch=epoch,
-        num_blocks=num_blocks,
-        first_slot=first_slot,
-        num_slots=num_slots,
-        box=Box(*box),
-        num_bytes=size,
-        ids_checksum=ids,
-    )
+    box, sizes = rest[7:11], rest[11:]
+    return FrameHeader(bool(flags & _LAST), bool(flags & _CHECKSUM), *rest[:7], Box(*box), *sizes)
 
 
 def checksum_to_bytes(checksum: int) -> bytes:

@@ -16,6 +16,7 @@ from kv_transfer.frame import (
     ids_from,
 )
 from kv_transfer.gate import Gate
+from kv_transfer.wire import wait_soon
 
 
 class FrameBody(Protocol):
@@ -45,8 +46,7 @@ class FrameReader:
         status = PushStatus.WRITTEN
         # A stranger must show a valid frame soon; a sender may then be idle as long as it likes.
         timeout_s: float | None = self._timeout_s
-        header_data = memoryview(self._header)
-        while stream.receive(self._connection.socket, header_data, timeout_s=timeout_s):
+        while self._receive_header(timeout_s):
             header = header_from(self._header)
             try:
                 status = max(status, self._receive_frame(header))
@@ -59,6 +59,11 @@ class FrameReader:
                 self._answer(header, status)
                 status, timeout_s = PushStatus.WRITTEN, None
 
+    def _receive_header(self, timeout_s: float | None) -> bool:
+        sock = self._connection.socket
+        wait_soon(sock)  # for the next push, which often follows on the answer
+        return stream.receive(sock, memoryview(self._header), timeout_s=timeout_s)
+
     def _answer(self, header: FrameHeader, status: PushStatus) -> None:
         answer = PushAnswer(status, header.push, header.lease_id)
         self._connection.socket.sendall(answer.to_bytes())
@@ -66,7 +71,7 @@ class FrameReader:
     def _receive_frame(self, header: FrameHeader) -> PushStatus:
         self._gate.check_shape(header)
         block_ids = self._receive_ids(header)
-        if not self._gate.enter(header, block_ids, self._connection):
+        if not self._gate.enter(header, block_ids.tolist(), self._connection):
             self._body.skip(header)
             return PushStatus.LEASE_LOST
         try:

@@ -1,13 +1,11 @@
 """Which frames the receiver lets in, and who is in the middle of one."""
 
 import threading
+from collections.abc import Sequence
 from typing import Protocol
-
-import numpy as np
 
 from engine.kv_cache.layout import KvLayout
 from engine.parallel.layout import MAX_RANKS
-from kv_transfer.copying import Offsets
 from kv_transfer.frame import MAX_BLOCKS, FrameError, FrameHeader
 from kv_transfer.plane import WriteWindow
 
@@ -31,21 +29,25 @@ class _OpenLease:
     """What may be written under a lease, and by which push of each writer."""
 
     def __init__(self, window: WriteWindow, block_size_tokens: int) -> None:
-        block_ids = np.array(window.block_ids, np.int64)
-        self.window = window
-        order = np.argsort(block_ids)
-        self._sorted_ids = block_ids[order]
-        self._first_tokens = order * block_size_tokens
+        self._window = window
+        self._block_size_tokens = block_size_tokens
+        self._place_of = {block_id: place for place, block_id in enumerate(window.block_ids)}
+        first, end = -(-window.first_token // block_size_tokens), window.end_token // block_size_tokens
+        self._whole_ids = frozenset(window.block_ids[first:end])
+        """Of blocks all of whose slots are inside the window."""
         self.newest_push: dict[int, int] = {}
 
-    def first_tokens_of(self, block_ids: Offsets) -> Offsets:
-        """Of the sequence, in each block; raises FrameError when they are not its own."""
-        places = self._sorted_ids.searchsorted(block_ids)
-        if not len(self._sorted_ids):
-            raise FrameError("foreign_block")
-        if (self._sorted_ids.take(places, mode="clip") != block_ids).any():
-            raise FrameError("foreign_block")
-        return self._first_tokens.take(places)
+    def check_place(self, header: FrameHeader, block_ids: Sequence[int]) -> None:
+        """Raises FrameError unless all slots of the frame are inside the window."""
+        if self._whole_ids.issuperset(block_ids):
+            return
+        for block_id in block_ids:
+            place = self._place_of.get(block_id)
+            if place is None:
+                raise FrameError("foreign_block")
+            first = place * self._block_size_tokens + header.first_slot
+            if first < self._window.first_token or first + header.num_slots > self._window.end_token:
+                raise FrameError("foreign_slots")
 
 
 class Gate:
@@ -95,7 +97,7 @@ class Gate:
         if header.num_bytes != header.num_blocks * bytes_of_block:
             raise FrameError("bad_length")
 
-    def enter(self, header: FrameHeader, block_ids: Offsets, connection: Cuttable) -> bool:
+    def enter(self, header: FrameHeader, block_ids: Sequence[int], connection: Cuttable) -> bool:
         """Let a frame of sound shape in; False when its payload must go nowhere.
 
         That is so when its lease was shut, and when its writer has begun a later push: damaged or
@@ -109,7 +111,7 @@ class Gate:
                 opened = self._open.get(header.lease_id)
                 if opened is None:
                     raise FrameError("unknown_lease")
-                self._check_place(header, block_ids, opened)
+                opened.check_place(header, block_ids)
                 if not self._is_newest(header, opened):
                     return False
                 late = self._earlier(header)
@@ -143,9 +145,3 @@ class Gate:
             for connection, other in self._busy.get(header.lease_id, {}).items()
             if other.writer_id == header.writer_id and other.push < header.push
         ]
-
-    def _check_place(self, header: FrameHeader, block_ids: Offsets, opened: _OpenLease) -> None:
-        firsts, window = opened.first_tokens_of(block_ids), opened.window
-        lowest, highest = firsts.min() + header.first_slot, firsts.max() + header.first_slot
-        if lowest < window.first_token or highest + header.num_slots > window.end_token:
-            raise FrameError("foreign_slots")

@@ -54,6 +54,7 @@ class _Library:
     frame_bytes: int
     send: _Move
     receive: _Move
+    wait_soon: Callable[[int], None]
 
 
 def _load() -> _Library | None:
@@ -61,6 +62,7 @@ def _load() -> _Library | None:
         library = ctypes.CDLL(str(LIBRARY_PATH))
         size = library.isthmus_frame_bytes
         moves = (library.isthmus_send_frame, library.isthmus_receive_frame)
+        wait_soon = library.isthmus_wait_soon
     except (OSError, AttributeError) as error:  # not built, or older than its sources
         logger.info("KV goes over sockets piece by piece: %s", error)
         return None
@@ -68,10 +70,20 @@ def _load() -> _Library | None:
     for move in moves:
         move.restype = ctypes.c_int64
         move.argtypes = (ctypes.c_int, ctypes.c_void_p)
-    return _Library(size(), *moves)
+    wait_soon.restype, wait_soon.argtypes = None, (ctypes.c_int,)
+    return _Library(size(), *moves, wait_soon)
 
 
 _native = _load()
+
+
+def wait_soon(sock: socket.socket) -> None:
+    """Stay awake for a moment: what is awaited has mostly been sent already.
+
+    To sleep and be woken takes longer, for the sender as well. The core is anybody's meanwhile.
+    """
+    if _native is not None and not isinstance(sock, ssl.SSLSocket):
+        _native.wait_soon(sock.fileno())
 
 
 class PoolBlocks(NamedTuple):

@@ -2,10 +2,12 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <time.h>
 
 #include "call.h"
 #include "xxh3.h"
@@ -18,6 +20,7 @@ enum { PIECE_BYTES = 128 << 10, WAKE_BYTES = 64 << 10, CHECKSUM_BYTES = 8 };
  * the hardware stops at the end of a page. */
 enum { AHEAD_BYTES = 1024, SHORT_BYTES = 8192 };
 enum { MAX_BUFFERS = 1023 /* in one system call, and one for the checksum */ };
+enum { SOON_NS = 100000 };
 enum { TICK_MS = 200 /* as TICK_S of kv_transfer/stream.py */ };
 enum { DONE = 1, TICK = 0, CLOSED = -1, OUTSIDE = -2, FAILED = -16 /* less errno */ };
 
@@ -169,9 +172,35 @@ static int64_t send_loaded(int fd, frame *it) {
     return DONE;
 }
 
+static int64_t now_ns(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * (int64_t)1000000000 + time.tv_nsec;
+}
+
+/* As poll for what SO_RCVLOWAT says; for a while it asks again and again, whenever nobody else wants
+ * the core: to be put to sleep and woken takes longer than what it waits for, and the other end pays
+ * for the waking. It takes no lock of the socket, which the other end needs. */
+static int wait_readable(int fd, int timeout_ms) {
+    struct pollfd wanted = {.fd = fd, .events = POLLIN};
+    int64_t end_ns = 0;
+    for (;;) {
+        int count = poll(&wanted, 1, 0);
+        if (count) return count;
+        int64_t time_ns = now_ns();
+        if (!end_ns) end_ns = time_ns + SOON_NS;
+        if (time_ns >= end_ns) return timeout_ms ? poll(&wanted, 1, timeout_ms) : 0;
+        sched_yield();
+    }
+}
+
+/* Returns once a byte is there, or the connection has ended, or after that while. */
+EXPORT void isthmus_wait_soon(int fd) { (void)wait_readable(fd, 0); }
+
 static int64_t receive_answer(int fd, frame *it) {
     while (it->answer_bytes) {
-        ssize_t moved = recv(fd, it->answer, (size_t)it->answer_bytes, MSG_WAITALL);
+        if (wait_readable(fd, TICK_MS) < 0) return outcome_of(-1);
+        ssize_t moved = recv(fd, it->answer, (size_t)it->answer_bytes, MSG_DONTWAIT);
         if (moved <= 0) return outcome_of(moved);
         it->num_moved += moved;
         it->answer += moved;
@@ -198,14 +227,6 @@ static void wake_at(int fd, int64_t num_bytes) {
     (void)setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &least, sizeof least);
 }
 
-/* As recvmsg, which would first take what is there, and then sleep until as many bytes came after it
- * as were wanted with it: at the end of what a peer sends, until the time-out. */
-static ssize_t receive_enough(int fd, struct msghdr *message) {
-    struct pollfd wanted = {.fd = fd, .events = POLLIN};
-    if (poll(&wanted, 1, TICK_MS) < 0) return -1;
-    return recvmsg(fd, message, MSG_DONTWAIT); /* of a slow peer, what has come */
-}
-
 static int64_t receive_rest(int fd, frame *it) {
     int64_t least = 0, left;
     while ((left = it->num_left + it->checksum_left) != 0) {
@@ -214,7 +235,8 @@ static int64_t receive_rest(int fd, frame *it) {
         it->end_buffer = 0;
         if (add_piece(it) == it->num_left && it->checksum_left) add_checksum(it);
         struct msghdr message = {.msg_iov = it->buffers, .msg_iovlen = (size_t)it->end_buffer};
-        ssize_t moved = receive_enough(fd, &message);
+        if (wait_readable(fd, TICK_MS) < 0) return outcome_of(-1);
+        ssize_t moved = recvmsg(fd, &message, MSG_DONTWAIT); /* of a slow peer, what has come */
         if (moved <= 0) return outcome_of(moved);
         it->num_moved += moved;
         int64_t of_payload = moved < it->num_left ? moved : it->num_left;

@@ -338,7 +338,7 @@ class SimConnection:
             self._end.tcp.gate.leave(header, self)
 
     async def _enter(self, frame: Frame) -> bool:
-        gate, block_ids = self._end.tcp.gate, np.array([frame.block_id])
+        gate, block_ids = self._end.tcp.gate, [frame.block_id]
         gate.check_shape(frame.header)
         while True:
             try:
