@@ -6,7 +6,6 @@ one is found before its payload falls into the wrong place, and so has the answe
 """
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -107,8 +106,15 @@ def header_from(data: bytes | bytearray) -> FrameHeader:
         raise FrameError("damaged")
     if reserved or flags > _LAST | _CHECKSUM:
         raise FrameError("bad_flags")
-    box, sizes = rest[7:11], rest[11:]
-    return FrameHeader(bool(flags & _LAST), bool(flags & _CHECKSUM), *rest[:7], Box(*box), *sizes)
+    writer_id, push, lease_id, epoch, num_blocks, first_slot, num_slots, *box, size, ids = rest
+    return FrameHeader(
+        bool(flags & _LAST),
+        bool(flags & _CHECKSUM),
+        *(writer_id, push, lease_id, epoch),
+        *(num_blocks, first_slot, num_slots),
+        Box(*box),
+        *(size, ids),
+    )
 
 
 def checksum_to_bytes(checksum: int) -> bytes:
@@ -131,8 +137,7 @@ def ids_from(header: FrameHeader, data: bytes | bytearray | memoryview) -> Offse
     return np.frombuffer(data, BLOCK_ID).astype(np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class PushAnswer:
+class PushAnswer(NamedTuple):
     status: PushStatus
     push: int
     lease_id: int

@@ -32,7 +32,10 @@ class _OpenLease:
         self._window = window
         self._block_size_tokens = block_size_tokens
         self._place_of = {block_id: place for place, block_id in enumerate(window.block_ids)}
-        first, end = -(-window.first_token // block_size_tokens), window.end_token // block_size_tokens
+        first, end = (
+            -(-window.first_token // block_size_tokens),
+            window.end_token // block_size_tokens,
+        )
         self._whole_ids = frozenset(window.block_ids[first:end])
         """Of blocks all of whose slots are inside the window."""
         self.newest_push: dict[int, int] = {}
@@ -46,7 +49,10 @@ class _OpenLease:
             if place is None:
                 raise FrameError("foreign_block")
             first = place * self._block_size_tokens + header.first_slot
-            if first < self._window.first_token or first + header.num_slots > self._window.end_token:
+            if (
+                first < self._window.first_token
+                or first + header.num_slots > self._window.end_token
+            ):
                 raise FrameError("foreign_slots")
 
 

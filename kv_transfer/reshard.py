@@ -6,7 +6,7 @@ workers; tokens are cut to blocks at each push (`blocks.slot_ranges`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from engine.kv_cache.layout import KvLayout
@@ -36,8 +36,7 @@ class Box(NamedTuple):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Transfer:
+class Transfer(NamedTuple):
     """The same layers and heads as two ranks hold them; both boxes have one shape."""
 
     sender_rank: int
@@ -177,8 +176,7 @@ def of_layers(transfers: Sequence[Transfer], layers: range) -> list[Transfer]:
         if num_layers > 0:
             target_first = target.first_layer + first - source.first_layer
             some.append(
-                replace(
-                    transfer,
+                transfer._replace(
                     source=source._replace(first_layer=first, num_layers=num_layers),
                     target=target._replace(first_layer=target_first, num_layers=num_layers),
                 )

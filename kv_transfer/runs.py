@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, lru_cache
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,6 @@ from engine.kv_cache.layout import KvLayout
 from kv_transfer.copying import Offsets
 from kv_transfer.reshard import Box, Transfer
 from kv_transfer.slot_ranges import SlotRange, SlotRanges
-
 
 _WHOLE = 1 << 62
 """Longer than any run."""
@@ -123,8 +123,7 @@ def _runs(region: Region, grain: Grain, max_bytes: int) -> tuple[Offsets, Offset
     return offsets, np.full_like(offsets, region.num_slots * slot_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Blocks of which the same slots of the same box are to be written."""
 
     source: Region
@@ -187,7 +186,9 @@ class PiecePlan:
             rows = same.rows
             blocks = rows[:, 0]
             if source_index is not None:
-                blocks = np.array([source_index[block_id] for block_id in blocks.tolist()], np.int64)
+                blocks = np.array(
+                    [source_index[block_id] for block_id in blocks.tolist()], np.int64
+                )
             yield Piece(*self._regions_of(transfer, rows), blocks, rows[:, 2])
 
     def _regions_of(self, transfer: Transfer, rows: Offsets) -> tuple[Region, Region]:

@@ -648,7 +648,7 @@ class Relay:
         self.heard = bytearray()
         self._threads = [threading.Thread(target=self._relay)]
 
-    def __enter__(self) -> "Eavesdropper":
+    def __enter__(self) -> "Relay":
         self._threads[0].start()
         return self
 

@@ -139,7 +139,8 @@ def test_blocks_arrive_between_their_head_and_the_checksum_that_xxhash_takes(end
             assert data == sealed(whole), lengths
         server.sendall(ANSWER)
         thread.join()
-        assert (head, answer) == (HEAD, ANSWER)
+        assert head == HEAD
+        assert answer == ANSWER
 
 
 @pytest.mark.usefixtures("level")
@@ -254,11 +255,10 @@ def test_a_send_that_nobody_takes_or_answers_asks_and_ends(ends) -> None:
     small = blocks_of([1000], [0], 1)
     patient, hasty = a_wire(client), a_wire(client, timeout_s=0.1)
     for blocks in (small, large):
-        rest = {"has_checksum": True, "answer": bytearray(9)}
         with pytest.raises(StalledError):
-            hasty.send(HEAD, blocks, check=go_on, **rest)
+            hasty.send(HEAD, blocks, has_checksum=True, answer=bytearray(9), check=go_on)
         with pytest.raises(GivenUpError):
-            patient.send(HEAD, blocks, check=give_up, **rest)
+            patient.send(HEAD, blocks, has_checksum=True, answer=bytearray(9), check=give_up)
     server.close()
     with pytest.raises(OSError, match=r"reset|Broken pipe|closed"):
         patient.send(HEAD, small, has_checksum=True, answer=bytearray(9), check=go_on)

@@ -15,10 +15,10 @@
 /* A piece goes through its checksum while it is in the cache, and the other end has the one before.
  * A receiver sleeps until there is so much that its wake-up, which the sender pays for, is worth
  * it. */
-enum { PIECE_BYTES = 128 << 10, WAKE_BYTES = 64 << 10, CHECKSUM_BYTES = 8 };
-/* So far ahead the cache is filled; behind a run that is not much longer, with the next one, since
- * the hardware stops at the end of a page. */
-enum { AHEAD_BYTES = 1024, SHORT_BYTES = 8192 };
+enum { PIECE_BYTES = 256 << 10, WAKE_BYTES = 128 << 10, CHECKSUM_BYTES = 8 };
+/* So far ahead the cache is filled; during a short run with the next one, since the hardware stops at
+ * the end of a page, and a few before that is asked for, so that its page is known by then. */
+enum { AHEAD_BYTES = 1024, SHORT_BYTES = 16 << 10, AHEAD_RUNS = 4 };
 enum { MAX_BUFFERS = 1023 /* in one system call, and one for the checksum */ };
 enum { SOON_NS = 100000 };
 enum { TICK_MS = 200 /* as TICK_S of kv_transfer/stream.py */ };
@@ -44,7 +44,7 @@ typedef struct {
     int64_t num_left; /* of the payload */
     int64_t checksum_left;
     uint8_t checksum[CHECKSUM_BYTES];
-    int64_t at_block, at_run, place; /* of what comes next */
+    int64_t at, place; /* of what comes next: which run of all, which byte of it */
     struct iovec buffers[MAX_BUFFERS + 1];
     int first_buffer, end_buffer; /* that are still to be sent */
     xxh3 hash;
@@ -68,56 +68,60 @@ static int begin(frame *it) {
     if (it->has_checksum && it->num_left < XXH3_LEAST_BYTES) return 0;
     it->checksum_left = it->has_checksum ? CHECKSUM_BYTES : 0;
     xxh3_begin(&it->hash, it->num_left, isthmus_kernels->hash_stripes);
-    it->at_block = it->at_run = it->place = 0;
+    it->at = it->place = 0;
     it->first_buffer = it->end_buffer = 0;
     it->num_moved = it->is_sound = 0;
     it->has_begun = 1;
     return 1;
 }
 
-/* Where byte `place` of a run lies. */
-static char *byte_at(const frame *it, int64_t block, int64_t run, int64_t place) {
+/* Byte `place` of the run `at` of all. */
+static char *byte_at(const frame *it, int64_t at, int64_t place) {
+    int64_t block = at / it->num_runs, run = at % it->num_runs;
     return it->pool + it->block[block] * it->block_bytes + it->offset[run] + place;
+}
+
+static int64_t bytes_of(const frame *it, int64_t at) { return it->num_bytes[at % it->num_runs]; }
+
+static void hash_run(frame *it, int64_t num_bytes) {
+    const char *from = byte_at(it, it->at, it->place), *ahead = from + AHEAD_BYTES;
+    int64_t end = it->num_blocks * it->num_runs;
+    if (num_bytes <= SHORT_BYTES) {
+        if (it->at + AHEAD_RUNS < end) __builtin_prefetch(byte_at(it, it->at + AHEAD_RUNS, 0));
+        if (it->at + 1 < end) ahead = byte_at(it, it->at + 1, 0);
+    }
+    xxh3_update(&it->hash, (const uint8_t *)from, num_bytes, (const uint8_t *)ahead);
 }
 
 /* `moved` bytes of the payload are there, or are about to go: on to those behind them. */
 static void pass(frame *it, int64_t moved) {
     it->num_left -= moved;
     while (moved) {
-        int64_t some = it->num_bytes[it->at_run] - it->place;
+        int64_t some = bytes_of(it, it->at) - it->place;
         if (some > moved) some = moved;
-        const char *from = byte_at(it, it->at_block, it->at_run, it->place);
-        it->place += some;
+        if (it->has_checksum) hash_run(it, some);
         moved -= some;
-        if (it->place == it->num_bytes[it->at_run]) {
-            it->place = 0;
-            if (++it->at_run == it->num_runs) it->at_run = 0, ++it->at_block;
-        }
-        int is_short = some <= SHORT_BYTES && it->at_block < it->num_blocks;
-        const char *ahead = is_short ? byte_at(it, it->at_block, it->at_run, it->place)
-                                     : from + AHEAD_BYTES;
-        if (it->has_checksum)
-            xxh3_update(&it->hash, (const uint8_t *)from, some, (const uint8_t *)ahead);
+        it->place += some;
+        if (it->place == bytes_of(it, it->at)) it->place = 0, ++it->at;
     }
 }
 
 /* Add the next piece of the payload to the buffers, as runs of neighbours; returns its bytes. */
 static int64_t add_piece(frame *it) {
-    int64_t block = it->at_block, run = it->at_run, place = it->place;
     int64_t most = it->num_left < PIECE_BYTES ? it->num_left : PIECE_BYTES, total = 0;
     const char *end = NULL;
-    while (total < most && it->end_buffer < MAX_BUFFERS) {
-        char *from = byte_at(it, block, run, place);
-        int64_t some = it->num_bytes[run] - place;
+    for (int64_t at = it->at, place = it->place; total < most; ++at, place = 0) {
+        char *from = byte_at(it, at, place);
+        int64_t some = bytes_of(it, at) - place;
         if (some > most - total) some = most - total;
         if (from == end)
             it->buffers[it->end_buffer - 1].iov_len += (size_t)some;
-        else
+        else if (it->end_buffer < MAX_BUFFERS)
             it->buffers[it->end_buffer++] = (struct iovec){from, (size_t)some};
+        else
+            break;
         end = from + some;
         total += some;
-        place = 0;
-        if (++run == it->num_runs) run = 0, ++block;
     }
     return total;
 }
