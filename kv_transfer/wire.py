@@ -113,7 +113,6 @@ class Wire:
         self._memory = ctypes.create_string_buffer(library.frame_bytes)
         self._address = ctypes.addressof(self._memory)
         self._frame = _Frame.from_buffer(self._memory)
-        self._pool: Bytes | None = None
 
     def send(
         self,
@@ -156,9 +155,7 @@ class Wire:
 
     def _aim(self, blocks: PoolBlocks, *, has_checksum: bool) -> _Frame:
         frame, pool, runs = self._frame, blocks.pool, blocks.runs
-        if pool is not self._pool:
-            self._pool = pool
-            frame.pool, frame.pool_bytes = pool.ctypes.data, len(pool)
+        frame.pool, frame.pool_bytes = pool.ctypes.data, len(pool)
         frame.block_bytes, frame.num_runs = runs.pool_block_bytes, len(runs.lengths)
         frame.offset, frame.num_bytes = runs.addresses
         frame.block, frame.num_blocks = blocks.block_ids.tobytes(), len(blocks.block_ids)

@@ -20,7 +20,8 @@ enum { PIECE_BYTES = 256 << 10, WAKE_BYTES = 128 << 10, CHECKSUM_BYTES = 8 };
  * the end of a page, and a few before that is asked for, so that its page is known by then. */
 enum { AHEAD_BYTES = 1024, SHORT_BYTES = 16 << 10, AHEAD_RUNS = 4 };
 enum { MAX_BUFFERS = 1023 /* in one system call, and one for the checksum */ };
-enum { SOON_NS = 100000 };
+/* An answer, or the next push, often comes so soon; of a payload, the next part. */
+enum { SOON_NS = 100000, NEXT_NS = 30000 };
 enum { TICK_MS = 200 /* as TICK_S of kv_transfer/stream.py */ };
 enum { DONE = 1, TICK = 0, CLOSED = -1, OUTSIDE = -2, FAILED = -16 /* less errno */ };
 
@@ -30,7 +31,7 @@ typedef struct {
     int64_t pool_bytes, block_bytes;
     const int64_t *offset, *num_bytes; /* of each run in a block */
     int64_t num_runs;
-    const int64_t *block; /* one payload after the other */
+    const int64_t *block; /* in the order of the payload */
     int64_t num_blocks;
     const char *head; /* goes before the payload; not part of its checksum */
     int64_t head_bytes;
@@ -185,25 +186,25 @@ static int64_t now_ns(void) {
 /* As poll for what SO_RCVLOWAT says; for a while it asks again and again, whenever nobody else wants
  * the core: to be put to sleep and woken takes longer than what it waits for, and the other end pays
  * for the waking. It takes no lock of the socket, which the other end needs. */
-static int wait_readable(int fd, int timeout_ms) {
+static int wait_readable(int fd, int64_t soon_ns, int timeout_ms) {
     struct pollfd wanted = {.fd = fd, .events = POLLIN};
     int64_t end_ns = 0;
     for (;;) {
         int count = poll(&wanted, 1, 0);
         if (count) return count;
         int64_t time_ns = now_ns();
-        if (!end_ns) end_ns = time_ns + SOON_NS;
+        if (!end_ns) end_ns = time_ns + soon_ns;
         if (time_ns >= end_ns) return timeout_ms ? poll(&wanted, 1, timeout_ms) : 0;
         sched_yield();
     }
 }
 
 /* Returns once a byte is there, or the connection has ended, or after that while. */
-EXPORT void isthmus_wait_soon(int fd) { (void)wait_readable(fd, 0); }
+EXPORT void isthmus_wait_soon(int fd) { (void)wait_readable(fd, SOON_NS, 0); }
 
 static int64_t receive_answer(int fd, frame *it) {
     while (it->answer_bytes) {
-        if (wait_readable(fd, TICK_MS) < 0) return outcome_of(-1);
+        if (wait_readable(fd, SOON_NS, TICK_MS) < 0) return outcome_of(-1);
         ssize_t moved = recv(fd, it->answer, (size_t)it->answer_bytes, MSG_DONTWAIT);
         if (moved <= 0) return outcome_of(moved);
         it->num_moved += moved;
@@ -239,7 +240,7 @@ static int64_t receive_rest(int fd, frame *it) {
         it->end_buffer = 0;
         if (add_piece(it) == it->num_left && it->checksum_left) add_checksum(it);
         struct msghdr message = {.msg_iov = it->buffers, .msg_iovlen = (size_t)it->end_buffer};
-        if (wait_readable(fd, TICK_MS) < 0) return outcome_of(-1);
+        if (wait_readable(fd, NEXT_NS, TICK_MS) < 0) return outcome_of(-1);
         ssize_t moved = recvmsg(fd, &message, MSG_DONTWAIT); /* of a slow peer, what has come */
         if (moved <= 0) return outcome_of(moved);
         it->num_moved += moved;
