@@ -26,6 +26,7 @@ from kv_transfer.blocks import host_blocks, source_from
 from kv_transfer.config import TransferConfig
 from kv_transfer.frame import (
     FrameHeader,
+    PushAnswer,
     PushStatus,
     answer_from,
     checksum_to_bytes,
@@ -424,7 +425,11 @@ def test_the_writer_connects_again_when_its_connection_has_gone() -> None:
         np.testing.assert_array_equal(memory.rows()[9], local.rows()[0])
 
 
-@pytest.mark.parametrize("reply", [b"", b"x" * 100, None], ids=["closes", "garbage", "silence"])
+@pytest.mark.parametrize(
+    "reply",
+    [b"", b"x" * 100, PushAnswer(PushStatus.WRITTEN, 2, LEASE_ID).to_bytes(), None],
+    ids=["closes", "garbage", "another push", "silence"],
+)
 def test_a_receiver_that_is_none_is_unavailable(reply: bytes | None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, HostMemory() as local:
 
