@@ -147,7 +147,8 @@ class LocalLink:
         self, permit: WritePermit, parts: Sequence[SlotRange], layers: range | None
     ) -> asyncio.Future[Written]:
         loop = asyncio.get_running_loop()
-        if not self._jobs and SlotRanges.of(parts).num_slots <= self._most_quick_slots:
+        most_slots = self._most_quick_slots
+        if most_slots and not self._jobs and SlotRanges.of(parts).num_slots <= most_slots:
             return self._write_at_once(loop.create_future(), permit, parts, layers)
         job = self._thread.submit(self._write, permit, parts, layers)
         self._jobs.add(job)
