@@ -22,7 +22,7 @@ static void hash_stripes(uint64_t *acc, const uint8_t *from, int64_t count, int 
         int some = STRIPES_OF_BLOCK - first;
         if (some > count) some = (int)count;
         for (int i = 0; i < some; ++i, from += STRIPE_BYTES, ahead += STRIPE_BYTES) {
-            __builtin_prefetch(ahead);
+            __builtin_prefetch(ahead, 0, 2); /* not into the first cache: there is much of it */
             vl value = load_lanes(from), swapped;
             vl keyed = value ^ load_lanes(xxh3_secret + 8 * (first + i));
             for (int lane = 0; lane < 8; ++lane) swapped[lane] = value[lane ^ 1];

@@ -18,7 +18,7 @@
 enum { PIECE_BYTES = 256 << 10, WAKE_BYTES = 128 << 10, CHECKSUM_BYTES = 8 };
 /* So far ahead the cache is filled; during a short run with the next one, since the hardware stops at
  * the end of a page, and a few before that is asked for, so that its page is known by then. */
-enum { AHEAD_BYTES = 1024, SHORT_BYTES = 16 << 10, AHEAD_RUNS = 4 };
+enum { AHEAD_BYTES = 4096, SHORT_BYTES = 16 << 10, AHEAD_RUNS = 4 };
 enum { MAX_BUFFERS = 1023 /* in one system call, and one for the checksum */ };
 /* An answer, or the next push, often comes so soon; of a payload, the next part. */
 enum { SOON_NS = 100000, NEXT_NS = 30000 };
