@@ -136,23 +136,46 @@ class Followers:
         self._thread.start()
 
     def close(self) -> None:
-        """Tell the ranks to end in order; those of a group that failed see the sockets end."""
+        """Tell the ranks to end in order; those of a group that failed see the sockets end.
+
+        Rank 0 leaves last: a rank that still computes would take its end for a death.
+        """
         with self._watch.lock:
             is_first, self._watch.is_stopping = not self._watch.is_stopping, True
         if not is_first:
             return
-        if self._watch.failure is None:
+        is_in_order = self._watch.failure is None
+        if is_in_order:
             try:
                 self.send(Stop())
             except RankGroupError as error:
+                is_in_order = False
                 logger.warning("a rank was gone before the end: %s", error)
         os.write(self._wake_write, b"x")
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
+        if is_in_order:
+            self._wait_until_left()
         for each in self._sockets.values():
             each.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
+
+    def _wait_until_left(self) -> None:
+        """Return when every rank has closed its end, or was silent for too long."""
+        poll, left = select.poll(), by_descriptor(self._sockets)
+        for descriptor in left:
+            poll.register(descriptor, select.POLLRDHUP)
+        end_s = time.monotonic() + self._timeout_s
+        while left:
+            gone = poll.poll(max(0.0, end_s - time.monotonic()) * 1000)
+            if not gone:
+                ranks = sorted(each.peer for each in left.values())
+                logger.warning("ranks %s did not end within %g s", ranks, self._timeout_s)
+                return
+            for descriptor, _ in gone:
+                poll.unregister(descriptor)
+                del left[descriptor]
 
     def _gather(self, kind: type[Message], what: str, timeout_s: float) -> dict[int, Message]:
         """The next message of every rank, which must be of this kind."""
