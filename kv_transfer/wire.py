@@ -20,7 +20,7 @@ LEAST_BYTES = 241
 """Of a payload that goes this way: XXH3 of less is another algorithm."""
 
 _DONE, _TICK, _CLOSED, _OUTSIDE, _FAILED = 1, 0, -1, -2, -16
-_OUTCOME = "a run lies outside of its pool, or the payload is too short for its checksum"
+_OUTSIDE_TEXT = "a run lies outside of its pool, or the payload is too short for its checksum"
 
 
 class _Frame(ctypes.Structure):
@@ -168,9 +168,9 @@ class Wire:
         progress_s = time.monotonic()
         while (outcome := move(fd, self._address)) != _DONE:
             if outcome == _OUTSIDE:
-                raise IndexError(_OUTCOME)
+                raise IndexError(_OUTSIDE_TEXT)
             if outcome == _CLOSED:
-                raise ConnectionResetError("closed in the middle of a frame")
+                raise ConnectionResetError("closed in the middle of a frame, or before its answer")
             if outcome != _TICK:
                 number = int(_FAILED - outcome)
                 raise OSError(number, os.strerror(number))

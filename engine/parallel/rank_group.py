@@ -1,6 +1,5 @@
 """A worker's ranks, joined: their axes, and what ends them together."""
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
@@ -245,10 +244,7 @@ def _own_connection(store: Store) -> Store:
 def _gloo(
     store: Store, index: int, size: int, timeout: timedelta, *, own_address: str
 ) -> ProcessGroup:
-    """Listens on `own_address`, unless GLOO_SOCKET_IFNAME says where."""
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return cast("ProcessGroup", ProcessGroupGloo(store, index, size, timeout))
-    # By itself it takes what the name of this host stands for, which may be a loopback address.
+    """By itself it would take what the name of this host stands for, maybe a loopback address."""
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001
     options._devices = [ProcessGroupGloo.create_device(hostname=own_address)]  # noqa: SLF001
     options._timeout = timeout  # noqa: SLF001

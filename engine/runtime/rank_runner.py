@@ -70,12 +70,12 @@ class RankRunner:
             batches, num_passes, num_threads, step.number, is_watched=step.is_watched
         )
         world = self.group.axes.world
-        if world.rank != 0:
-            self.runner.tell()
         if world.rank == 0:
             self._begun.append((plans, logits_BV))
         elif world.rank == self._drawing_ranks[shard] and own.chunks:
             world.send(logits_BV.cpu() if _num_drawing(own) else torch.zeros(1), 0)
+        if world.rank != 0:
+            self.runner.tell()
         self._count(time.perf_counter() - start_s, num_steps=1)
 
     def finish(self) -> torch.Tensor:

@@ -142,7 +142,8 @@ def answer_that_loses_a_rank(
 ) -> dict[str, Any]:
     """Have one, in the middle of which its decode worker loses rank 1; that worker's entry.
 
-    On a busy machine an answer may be over before it is found out who computes it: then again.
+    Nobody decodes while it is found out who does. On a busy machine an answer may be over before:
+    then again.
     """
     for _ in range(MAX_TRIES):
         before = mesh.metric("gateway", DEGRADATIONS, kind="migration")
@@ -151,9 +152,12 @@ def answer_that_loses_a_rank(
         for chunk in mesh.stream(BODY):
             chunks.append(chunk)
             if len(chunks) == 5:
-                victim = next(filter(has_work, mesh.processes("decode")), None)
-                if victim is not None:
-                    os.kill(victim["rank_pids"][1], how)
+                entries = mesh.processes("decode")
+                for entry in entries:
+                    os.kill(entry["rank_pids"][1], signal.SIGSTOP)
+                victim = next(filter(has_work, entries), None)
+                for entry in entries:
+                    os.kill(entry["rank_pids"][1], how if entry is victim else signal.SIGCONT)
         assert "".join(chunks) == expected, how
         if victim is not None:
             assert mesh.metric("gateway", DEGRADATIONS, kind="migration") == before + 1

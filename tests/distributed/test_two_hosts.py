@@ -44,7 +44,7 @@ def hosts() -> Iterator[Link]:
         link = stack.enter_context(slow_link(1000))
         for own, (name, other) in enumerate(((link.near, HOSTS[1]), (link.far, HOSTS[0]))):
             folder = Path("/etc/netns") / name
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             stack.callback(shutil.rmtree, folder)
             lines = ["127.0.0.1 localhost", f"127.0.1.1 {NAMES[own]}", f"{other} {NAMES[1 - own]}"]
             (folder / "hosts").write_text("\n".join(lines) + "\n")
@@ -67,4 +67,5 @@ def test_a_group_over_two_hosts_that_take_their_own_names_for_the_loopback(hosts
     finally:
         for rank in ranks:
             rank.kill()
+            rank.communicate()
     assert found == [[[20.0] * 5, [float(rank % 2)] * 3] for rank in range(4)]
