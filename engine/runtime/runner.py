@@ -4,7 +4,6 @@ Shape suffixes: T tokens of this step, B sequences, W blocks per sequence, D mod
 V vocabulary.
 """
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from engine.kv_cache.pool import KvPool
 from engine.models.causal_lm import CausalLM
 from engine.parallel.axes import AxisGroup
 from engine.parallel.kv_exchange import KvExchange, kv_exchange_for
+from engine.runtime.kv_news import is_news, layers_told
 from engine.runtime.rank_message import ExpertTokens
 from engine.scheduling.micro_batch import cut_into_micro_batches, pass_order
 from engine.scheduling.sequence_split import mean_context_tokens, ring_spans, sequence_shares
@@ -27,13 +27,6 @@ from engine.scheduling.step_plan import ScheduledChunk, StepPlan
 _Table = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 _Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 _WIDTH_STEP = 8  # block tables grow by so many columns, so that their shapes repeat
-
-
-NEWS_BYTES = 1 << 20
-"""KV that a rank has computed of a step before others hear of it: less is not worth a message."""
-KEPT_SHARE = 0.6
-"""Of a prompt's KV. On one core, sending takes about 4 % of the time of computing: so much later
-comes the first token if all is sent before it, and the second one if nothing is."""
 
 
 class StepRunner(Protocol):
@@ -158,7 +151,12 @@ class ModelRunner:
         progress.begin(step)
         num_tokens = sum(plan.num_tokens for plan in plans)
         is_told = is_watched and num_tokens > 0
-        told = self._news(plans, num_threads)
+        told = layers_told(
+            plans,
+            progress.num_layers,
+            self.pool.layout.bytes_per_token,
+            has_spare_core=num_threads < self._num_cores,
+        )
         batches: dict[int, tuple[StepPlan, StepBatch]] = {}
         logits: list[torch.Tensor] = []
         for index, range_index in pass_order(num_passes, pipeline.size, num_ranges):
@@ -194,33 +192,9 @@ class ModelRunner:
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def _is_news(self, num_tokens: int) -> bool:
-        """Whether it is worth a message that a step of so many tokens is being computed.
-
-        On CUDA it is not: nothing is known to be written there before the step has ended.
-        """
-        num_bytes = num_tokens * self.pool.layout.bytes_per_token
-        return self._device.type == "cpu" and num_bytes > NEWS_BYTES
-
-    def _news(self, plans: Sequence[StepPlan], num_threads: int) -> range:
-        """How many layers are there whenever it is told of them; the end of the step is apart.
-
-        Where every core computes, sending takes turns with that, and each turn costs more than its
-        bytes: then a step is told of once, or not at all, so that of what its sequences have until
-        then at most KEPT_SHARE leaves when it is over, beside its first tokens.
-        """
-        num_layers = self.pool.progress.num_layers
-        chunks = [chunk for plan in plans for chunk in plan.chunks]
-        num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
-        num_bytes = max(1, num_tokens) * self.pool.layout.bytes_per_token
-        interval = -(-NEWS_BYTES * num_layers // num_bytes)
-        if num_threads < self._num_cores:
-            return range(interval, num_layers, interval)
-        if not any(chunk.is_drawing for chunk in chunks):
-            return range(0)
-        num_before = sum(chunk.first_position for chunk in chunks)
-        kept_share = KEPT_SHARE * (num_before + num_tokens) / num_tokens
-        first = max(interval, math.ceil(num_layers * (1 - kept_share)))
-        return range(first, num_layers, num_layers) if kept_share < 1 else range(0)
+        """On CUDA nothing is: none of it is known to be written there before the step has ended."""
+        is_known = self._device.type == "cpu"
+        return is_known and is_news(num_tokens, self.pool.layout.bytes_per_token)
 
     def _tell(self, place: int) -> None:
         self.pool.progress.reach(place + 1)

@@ -109,7 +109,7 @@ def degradations(mesh: SmallMesh) -> Counter[tuple[str, str]]:
 async def test_transfers_that_are_cut_stalled_or_damaged_change_no_token(
     checkpoint: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.runtime.runner.NEWS_BYTES", 1 << 14)  # some go layer by layer
+    monkeypatch.setattr("engine.runtime.kv_news.NEWS_BYTES", 1 << 14)  # some go layer by layer
     prompts = prompts_of(NUM_FAULTY_REQUESTS, (20, 90), seed=1)
     expected = answers_of_one_engine(checkpoint, prompts)
     async with asyncio.TaskGroup() as tasks:

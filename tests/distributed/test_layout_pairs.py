@@ -20,7 +20,7 @@ import torch
 from engine.config import EngineConfig
 from engine.parallel import ParallelLayout, RankGroup
 from engine.request import Request
-from engine.runtime import runner
+from engine.runtime import kv_news, runner
 from engine.runtime.build import ModelEngine, build_follower
 from engine.runtime.commands import SequenceMode, TokenEvent
 from engine.runtime.engine_thread import EngineThread
@@ -117,7 +117,7 @@ watched: list[bool] = []
 
 def step_by_layers(*, is_slow: bool) -> None:
     """Have this process tell of each layer, and spoil the slots of each step before it begins."""
-    runner.NEWS_BYTES = 1
+    kv_news.NEWS_BYTES = 1
     run = runner.ModelRunner.run
 
     def spoil_and_run(

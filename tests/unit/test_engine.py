@@ -12,7 +12,7 @@ from engine.config import EngineConfig
 from engine.errors import CheckpointError
 from engine.kv_cache.pool_plan import KvPoolTooSmallError
 from engine.request import FinishReason, Request, SamplingParams
-from engine.runtime import runner
+from engine.runtime import kv_news
 from engine.runtime.build import ModelEngine, build_engine
 from engine.runtime.commands import (
     ErrorEvent,
@@ -276,7 +276,7 @@ def test_cuda_engine_draws_the_same_tokens_as_the_cpu(make_engine, alone):
 def test_layers_of_a_prompt_are_announced_while_its_step_goes_on(
     make_engine, monkeypatch, num_cores: int, news: list[int]
 ) -> None:
-    monkeypatch.setattr(runner, "NEWS_BYTES", 1)
+    monkeypatch.setattr(kv_news, "NEWS_BYTES", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(num_cores)))
     engine = make_engine()
     pool = engine.runner.pool
@@ -318,7 +318,7 @@ def test_layers_of_a_prompt_are_announced_while_its_step_goes_on(
 def test_layers_told_of_have_the_bits_of_a_step_in_one_call(
     make_engine, monkeypatch, dtype
 ) -> None:
-    monkeypatch.setattr(runner, "NEWS_BYTES", 1)
+    monkeypatch.setattr(kv_news, "NEWS_BYTES", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     (prompt,) = make_prompts([40])
     found: list[torch.Tensor] = []
@@ -337,7 +337,7 @@ def test_layers_told_of_have_the_bits_of_a_step_in_one_call(
 
 
 def test_layers_that_nobody_waits_for_are_not_told_of(make_engine, monkeypatch) -> None:
-    monkeypatch.setattr(runner, "NEWS_BYTES", 1)
+    monkeypatch.setattr(kv_news, "NEWS_BYTES", 1)
     engine = make_engine()
     engine.report_to(lambda outputs: pytest.fail(f"{outputs}"))
     (prompt,) = make_prompts([40])
@@ -351,7 +351,7 @@ def test_layers_that_nobody_waits_for_are_not_told_of(make_engine, monkeypatch) 
 def test_where_all_cores_compute_a_prompts_last_step_leaves_beside_its_first_token(
     make_engine, monkeypatch
 ) -> None:
-    monkeypatch.setattr(runner, "NEWS_BYTES", 1)
+    monkeypatch.setattr(kv_news, "NEWS_BYTES", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     engine = make_engine(max_num_batched_tokens=32)
     progress = engine.runner.pool.progress
